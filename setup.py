@@ -93,7 +93,9 @@ class NinjaBuild(build_ext):
         try:
             subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
-            sys.exit(f"fastgpt: the C++ extensions did not compile (ninja exit code {error.returncode}); see the lines above")
+            sys.exit(
+                f"fastgpt: the C++ extensions did not compile (ninja exit code {error.returncode}); see the lines above"
+            )
 
 
 setup(

@@ -1,0 +1,32 @@
+// One instruction set's whole engine: every kernel compiled for it in an anonymous namespace, and the table of them.
+// Included once by portable.cpp, avx2.cpp and avx512.cpp, which set FASTGPT_LANES, FASTGPT_ISA and the target first.
+
+namespace fastgpt::cpu {
+namespace {
+
+#include "cpu/activation.inl"
+#include "cpu/attention.inl"
+#include "cpu/cross_entropy.inl"
+#include "cpu/layer_norm.inl"
+#include "cpu/parallel.inl"
+#include "cpu/softmax.inl"
+#include "cpu/vec.inl"
+#include "cpu/vec_math.inl"
+
+const Kernels kTable = {
+    .isa = FASTGPT_ISA,
+    .lanes = kLanes,
+    .activation = activation,
+    .activation_backward = activation_backward,
+    .softmax = softmax,
+    .softmax_backward = softmax_backward,
+    .layer_norm = layer_norm,
+    .layer_norm_backward = layer_norm_backward,
+    .cross_entropy = cross_entropy,
+    .cross_entropy_backward = cross_entropy_backward,
+    .attention = attention,
+    .attention_backward = attention_backward,
+};
+
+}  // namespace
+}  // namespace fastgpt::cpu

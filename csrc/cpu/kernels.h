@@ -1,0 +1,139 @@
+// The CPU engine's function table: one entry an op, one table an instruction set.
+//
+// Every kernel takes raw pointers to row-major memory, computes in fp32 whatever the storage type, and splits its work
+// over at most `threads` OpenMP threads in chunks that do not depend on how many there are, so results are the same for
+// any number.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt::cpu {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+enum class Activation : int { kReLU = 0, kSigmoid = 1, kTanh = 2, kGELU = 3, kGELUTanh = 4, kSiLU = 5 };
+
+// y = softmax(scale * x + mask) over rows of `cols`; x is (batch, heads, queries, cols) and contiguous.
+struct SoftmaxArgs {
+  DType dtype;
+  const void* x;
+  const float* mask;       // additive, or nullptr; its last dimension is contiguous
+  int64_t mask_stride[3];  // of batch, heads and queries, in elements; 0 broadcasts
+  void* y;
+  int64_t batch, heads, queries, cols;
+  float scale;
+  bool causal;  // query i sees keys j <= i + cols - queries
+};
+
+struct SoftmaxBackwardArgs {
+  DType dtype;
+  const void* dy;
+  const void* y;
+  void* dx;
+  int64_t rows, cols;
+  float scale;
+};
+
+struct LayerNormArgs {
+  DType dtype;        // of x and y
+  DType param_dtype;  // of weight and bias
+  const void* x;
+  const void* weight;  // or nullptr
+  const void* bias;    // or nullptr
+  void* y;
+  float* mean;
+  float* rstd;
+  int64_t rows, cols;
+  float eps;
+};
+
+struct LayerNormBackwardArgs {
+  DType dtype;
+  DType param_dtype;
+  const void* dy;
+  const void* x;
+  const void* weight;  // or nullptr
+  const float* mean;
+  const float* rstd;
+  void* dx;       // or nullptr
+  void* dweight;  // or nullptr
+  void* dbias;    // or nullptr
+  int64_t rows, cols;
+};
+
+struct CrossEntropyArgs {
+  DType dtype;
+  const void* logits;  // (rows, classes)
+  const int64_t* target;
+  float* losses;  // (rows), 0 where the target is ignored
+  float* lse;     // (rows), log-sum-exp, for the backward
+  int64_t rows, classes, ignore_index;
+  float label_smoothing;
+};
+
+struct CrossEntropyBackwardArgs {
+  DType dtype;
+  const void* logits;
+  const int64_t* target;
+  const float* lse;
+  const float* grad;    // of each row's loss
+  int64_t grad_stride;  // 0: one gradient for all rows
+  float grad_scale;     // multiplies every row's gradient: 1 / count for the mean
+  void* dlogits;
+  int64_t rows, classes, ignore_index;
+  float label_smoothing;
+};
+
+// (B, H, T, D) tensors with any strides (in elements) but a contiguous D.
+struct AttentionTensor {
+  void* data;
+  int64_t stride_b, stride_h, stride_t;
+};
+
+struct AttentionArgs {
+  DType dtype;
+  AttentionTensor q, k, v, o;
+  float* lse;  // (B, H, Tq) contiguous: log-sum-exp of the scaled scores, -inf where nothing is seen
+  int64_t batch, heads, kv_heads, queries, keys, dim;
+  float scale;
+  bool causal;  // query i sees keys j <= i + keys - queries
+};
+
+struct AttentionBackwardArgs {
+  DType dtype;
+  AttentionTensor q, k, v, o, do_, dq, dk, dv;
+  const float* lse;
+  int64_t batch, heads, kv_heads, queries, keys, dim;
+  float scale;
+  bool causal;
+};
+
+struct Kernels {
+  const char* isa;
+  int lanes;  // floats a vector
+  void (*activation)(Activation, DType, const void* x, void* y, int64_t n, int threads);
+  // `saved` is y for relu, sigmoid and tanh, x for the others.
+  void (*activation_backward)(Activation, DType, const void* dy, const void* saved, void* dx, int64_t n, int threads);
+  void (*softmax)(const SoftmaxArgs&, int threads);
+  void (*softmax_backward)(const SoftmaxBackwardArgs&, int threads);
+  void (*layer_norm)(const LayerNormArgs&, int threads);
+  void (*layer_norm_backward)(const LayerNormBackwardArgs&, int threads);
+  void (*cross_entropy)(const CrossEntropyArgs&, int threads);
+  void (*cross_entropy_backward)(const CrossEntropyBackwardArgs&, int threads);
+  void (*attention)(const AttentionArgs&, int threads);
+  void (*attention_backward)(const AttentionBackwardArgs&, int threads);
+};
+
+// The table of an instruction set, or nullptr where this build or this chip has none.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// The table in use: the widest the chip has, or what FASTGPT_CPU_ISA names; throws std::invalid_argument for an unknown
+// or unavailable name.
+const Kernels& kernels();
+
+// Chooses another table by name ("portable", "avx2", "avx512", or "" for the default); throws like kernels().
+void select_isa(const char* name);
+
+}  // namespace fastgpt::cpu

@@ -1,0 +1,92 @@
+// Row softmax with a scale, an additive mask and a causal limit, and its backward.
+//
+//   v_j = scale * x_j + mask_j,  m = max v,  y_j = exp(v_j - m) / sum exp(v - m)
+//   dx = scale * y * (dy - sum(dy * y))
+//
+// A row is read from memory once; the two further passes find it in L1 or L2 (a row of 50,257 floats is 200 KB). A row
+// that sees no key, or holds a NaN or +inf, is NaN where exp(v - m) is, as in torch.
+
+template <class T>
+INLINE void softmax_row(const T* x, const float* mask, T* y, float* row, int64_t seen, int64_t cols, float scale) {
+  Vec most = splat(-std::numeric_limits<float>::infinity());
+  int64_t j = 0;
+  for (; j + kLanes <= seen; j += kLanes) {
+    Vec v = load(x + j) * scale;
+    if (mask != nullptr) v = v + load(mask + j);
+    store(row + j, v);
+    most = max(most, v);
+  }
+  int rest = static_cast<int>(seen - j);
+  if (rest > 0) {
+    Vec v = load_n(x + j, rest) * scale;
+    if (mask != nullptr) v = v + load_n(mask + j, rest);
+    store_n(row + j, v, rest);
+    most = max(most, load_n(row + j, rest, -std::numeric_limits<float>::infinity()));
+  }
+  const float m = max(most);
+
+  Vec total = {};
+  for (j = 0; j + kLanes <= seen; j += kLanes) {
+    Vec e = exp(load(row + j) - m);
+    store(row + j, e);
+    total = total + e;
+  }
+  if (rest > 0) {
+    Vec e = exp(load_n(row + j, rest, -std::numeric_limits<float>::infinity()) - m);
+    store_n(row + j, e, rest);
+    total = total + load_n(row + j, rest);
+  }
+  const float inverse = seen > 0 ? 1.0f / sum(total) : std::numeric_limits<float>::quiet_NaN();
+
+  for (j = 0; j + kLanes <= seen; j += kLanes) store(y + j, load(row + j) * inverse);
+  if (rest > 0) store_n(y + j, load_n(row + j, rest) * inverse, rest);
+  const T beyond = from_float<T>(inverse == inverse ? 0.0f : inverse);  // masked keys: exp(-inf - m) * inverse
+  std::fill(y + seen, y + cols, beyond);
+}
+
+void softmax(const SoftmaxArgs& a, int threads) {
+  const int64_t rows = a.batch * a.heads * a.queries;
+  with_type(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    parallel_for(rows, std::max<int64_t>(1, kGrain / 4 / std::max<int64_t>(1, a.cols)), threads,
+                 [&](int64_t begin, int64_t end) {
+                   float* buffer = sizeof(T) == sizeof(float) ? nullptr : scratch(a.cols);
+                   for (int64_t r = begin; r < end; ++r) {
+                     const int64_t query = r % a.queries, head = r / a.queries % a.heads,
+                                   batch = r / a.queries / a.heads;
+                     const int64_t limit = query + 1 + a.cols - a.queries;
+                     const int64_t seen = a.causal ? std::clamp<int64_t>(limit, 0, a.cols) : a.cols;
+                     const float* mask = a.mask;
+                     if (mask != nullptr)
+                       mask += batch * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
+                     T* y = static_cast<T*>(a.y) + r * a.cols;
+                     float* row = buffer;
+                     if constexpr (sizeof(T) == sizeof(float)) row = y;
+                     softmax_row(static_cast<const T*>(a.x) + r * a.cols, mask, y, row, seen, a.cols, a.scale);
+                   }
+                 });
+  });
+}
+
+void softmax_backward(const SoftmaxBackwardArgs& a, int threads) {
+  with_type(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    parallel_for(a.rows, std::max<int64_t>(1, kGrain / 4 / std::max<int64_t>(1, a.cols)), threads,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t r = begin; r < end; ++r) {
+                     const T* dy = static_cast<const T*>(a.dy) + r * a.cols;
+                     const T* y = static_cast<const T*>(a.y) + r * a.cols;
+                     T* dx = static_cast<T*>(a.dx) + r * a.cols;
+                     Vec products = {};
+                     int64_t j = 0;
+                     for (; j + kLanes <= a.cols; j += kLanes) products = fma(load(dy + j), load(y + j), products);
+                     const int rest = static_cast<int>(a.cols - j);
+                     if (rest > 0) products = fma(load_n(dy + j, rest), load_n(y + j, rest), products);
+                     const float dot = sum(products);
+                     for (j = 0; j + kLanes <= a.cols; j += kLanes)
+                       store(dx + j, a.scale * load(y + j) * (load(dy + j) - dot));
+                     if (rest > 0) store_n(dx + j, a.scale * load_n(y + j, rest) * (load_n(dy + j, rest) - dot), rest);
+                   }
+                 });
+  });
+}

@@ -1,0 +1,178 @@
+// A vector of kLanes floats on the compiler's vector extensions: +, -, *, / and comparisons come from the compiler, the
+// rest stands here. Only what the compiler does badly is written with intrinsics.
+
+constexpr int kLanes = FASTGPT_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * FASTGPT_LANES)));
+typedef int32_t VecInt __attribute__((vector_size(4 * FASTGPT_LANES)));
+typedef uint32_t VecUInt __attribute__((vector_size(4 * FASTGPT_LANES)));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * FASTGPT_LANES)));
+
+#define INLINE inline __attribute__((always_inline))
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+INLINE Vec splat(float x) {
+  return x - Vec{};
+}
+
+// ---- scalars
+
+INLINE float to_float(float x) {
+  return x;
+}
+INLINE float to_float(BFloat16 x) {
+  return bit_cast<float>(uint32_t{x.bits} << 16);
+}
+
+template <class T>
+INLINE T from_float(float x);
+
+template <>
+INLINE float from_float<float>(float x) {
+  return x;
+}
+
+template <>
+INLINE BFloat16 from_float<BFloat16>(float x) {  // to nearest, ties to even; a NaN stays one
+  uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// ---- whole vectors
+
+INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE Vec load(const BFloat16* p) {
+  VecHalf half;
+  std::memcpy(&half, p, sizeof half);
+  return bit_cast<Vec>(__builtin_convertvector(half, VecUInt) << 16);
+}
+
+INLINE void store(float* p, Vec v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+INLINE VecHalf to_bfloat16(Vec v) {
+  VecUInt bits = bit_cast<VecUInt>(v);
+  VecUInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  VecUInt nan = (bits >> 16) | 0x40;
+  return __builtin_convertvector(v == v ? rounded : nan, VecHalf);
+}
+
+INLINE void store(BFloat16* p, Vec v) {
+  VecHalf half = to_bfloat16(v);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// ---- the first n lanes (0 <= n <= kLanes); loads fill the others, stores leave their memory alone
+
+#if FASTGPT_LANES == 16
+INLINE __mmask16 first_lanes(int n) {
+  return static_cast<__mmask16>((1u << n) - 1);
+}
+
+INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
+  return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p);
+}
+INLINE void store_n(float* p, Vec v, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+#elif FASTGPT_LANES == 8
+INLINE VecInt first_lanes(int n) {
+  return VecInt{0, 1, 2, 3, 4, 5, 6, 7} < n;
+}
+
+INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
+  VecInt mask = first_lanes(n);
+  Vec v = (Vec)_mm256_maskload_ps(p, (__m256i)mask);
+  return mask ? v : splat(fill);
+}
+INLINE void store_n(float* p, Vec v, int n) {
+  _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v);
+}
+#else
+INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
+  Vec v = splat(fill);
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+INLINE void store_n(float* p, Vec v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+#endif
+
+INLINE Vec load_n(const BFloat16* p, int n, float fill = 0.0f) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+  return load(lanes);
+}
+
+INLINE void store_n(BFloat16* p, Vec v, int n) {
+  VecHalf half = to_bfloat16(v);
+  std::memcpy(p, &half, n * sizeof(BFloat16));
+}
+
+// ---- arithmetic
+
+// NaN in b is kept, NaN in a is not: put the accumulator first where a NaN must be dropped, second where it must stay.
+INLINE Vec max(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+INLINE Vec min(Vec a, Vec b) {
+  return a < b ? a : b;
+}
+
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}  // contracted where the target has FMA
+
+INLINE Vec abs(Vec a) {
+  return bit_cast<Vec>(bit_cast<VecUInt>(a) & 0x7fffffffu);
+}
+
+INLINE Vec copysign(Vec magnitude, Vec sign) {
+  return bit_cast<Vec>((bit_cast<VecUInt>(magnitude) & 0x7fffffffu) | (bit_cast<VecUInt>(sign) & 0x80000000u));
+}
+
+// Across the lanes, by halves.
+template <class Combine>
+INLINE float reduce(Vec v, const Combine& combine) {
+#if FASTGPT_LANES == 16
+  auto eight = combine(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                       __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif FASTGPT_LANES == 8
+  auto eight = v;
+#endif
+#if FASTGPT_LANES >= 8
+  auto four =
+      combine(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+#else
+  auto four = v;
+#endif
+  auto two = combine(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+  return combine(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
+}
+
+INLINE float sum(Vec v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
+
+INLINE float max(Vec v) {
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
+}

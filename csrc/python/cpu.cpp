@@ -1,0 +1,229 @@
+// The module fastgpt._cpu: the CPU engine's kernels on raw addresses. Bindings only: shapes, dtypes and contiguity are
+// the caller's business (fastgpt/ops/cpu.py); addresses are integers, strides and sizes count elements, dtype is 0
+// (float32) or 1 (bfloat16).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace fastgpt::cpu;
+
+namespace {
+
+using Address = uintptr_t;
+using Release = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype_of(int code) {
+  if (code != 0 && code != 1) throw py::value_error("dtype: expected 0 (float32) or 1 (bfloat16)");
+  return static_cast<DType>(code);
+}
+
+Activation activation_of(int code) {
+  if (code < 0 || code > 5) throw py::value_error("kind: expected an activation's number, 0 to 5");
+  return static_cast<Activation>(code);
+}
+
+using Strides = std::array<int64_t, 3>;  // of batch, head and time
+
+AttentionTensor tensor(Address address, const Strides& strides) {
+  return {at<void>(address), strides[0], strides[1], strides[2]};
+}
+
+// How many targets are not ignored; throws IndexError (std::out_of_range) for one outside [0, classes).
+int64_t count_targets(Address target, int64_t rows, int64_t classes, int64_t ignore_index) {
+  int64_t counted = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t t = at<const int64_t>(target)[r];
+    if (t == ignore_index) continue;
+    if (t < 0 || t >= classes) {
+      throw std::out_of_range("target: got " + std::to_string(t) + " at row " + std::to_string(r) + ", expected 0 to " +
+                              std::to_string(classes - 1) + " or ignore_index (" + std::to_string(ignore_index) + ")");
+    }
+    ++counted;
+  }
+  return counted;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "C++ SIMD kernels on raw addresses; use fastgpt.ops instead.";
+
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
+  m.def(
+      "select_isa", [](const std::string& name) { select_isa(name.c_str()); }, py::arg("name"),
+      "Chooses portable, avx2, avx512, or the widest there is for an empty name.");
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    if (portable_kernels() != nullptr) names.emplace_back("portable");
+    if (avx2_kernels() != nullptr) names.emplace_back("avx2");
+    if (avx512_kernels() != nullptr) names.emplace_back("avx512");
+    return names;
+  });
+
+  m.def(
+      "activation",
+      [](int kind, int dtype, Address x, Address y, int64_t n, int threads) {
+        kernels().activation(activation_of(kind), dtype_of(dtype), at<const void>(x), at<void>(y), n, threads);
+      },
+      Release());
+
+  m.def(
+      "activation_backward",
+      [](int kind, int dtype, Address dy, Address saved, Address dx, int64_t n, int threads) {
+        kernels().activation_backward(activation_of(kind), dtype_of(dtype), at<const void>(dy), at<const void>(saved),
+                                      at<void>(dx), n, threads);
+      },
+      Release());
+
+  m.def(
+      "softmax",
+      [](int dtype, Address x, Address mask, const Strides& mask_stride, Address y, int64_t batch, int64_t heads,
+         int64_t queries, int64_t cols, float scale, bool causal, int threads) {
+        SoftmaxArgs args{dtype_of(dtype),
+                         at<const void>(x),
+                         at<const float>(mask),
+                         {mask_stride[0], mask_stride[1], mask_stride[2]},
+                         at<void>(y),
+                         batch,
+                         heads,
+                         queries,
+                         cols,
+                         scale,
+                         causal};
+        kernels().softmax(args, threads);
+      },
+      Release());
+
+  m.def(
+      "softmax_backward",
+      [](int dtype, Address dy, Address y, Address dx, int64_t rows, int64_t cols, float scale, int threads) {
+        SoftmaxBackwardArgs args{
+            dtype_of(dtype), at<const void>(dy), at<const void>(y), at<void>(dx), rows, cols, scale};
+        kernels().softmax_backward(args, threads);
+      },
+      Release());
+
+  m.def(
+      "layer_norm",
+      [](int dtype, int param_dtype, Address x, Address weight, Address bias, Address y, Address mean, Address rstd,
+         int64_t rows, int64_t cols, float eps, int threads) {
+        LayerNormArgs args{dtype_of(dtype),
+                           dtype_of(param_dtype),
+                           at<const void>(x),
+                           at<const void>(weight),
+                           at<const void>(bias),
+                           at<void>(y),
+                           at<float>(mean),
+                           at<float>(rstd),
+                           rows,
+                           cols,
+                           eps};
+        kernels().layer_norm(args, threads);
+      },
+      Release());
+
+  m.def(
+      "layer_norm_backward",
+      [](int dtype, int param_dtype, Address dy, Address x, Address weight, Address mean, Address rstd, Address dx,
+         Address dweight, Address dbias, int64_t rows, int64_t cols, int threads) {
+        LayerNormBackwardArgs args{dtype_of(dtype),
+                                   dtype_of(param_dtype),
+                                   at<const void>(dy),
+                                   at<const void>(x),
+                                   at<const void>(weight),
+                                   at<const float>(mean),
+                                   at<const float>(rstd),
+                                   at<void>(dx),
+                                   at<void>(dweight),
+                                   at<void>(dbias),
+                                   rows,
+                                   cols};
+        kernels().layer_norm_backward(args, threads);
+      },
+      Release());
+
+  m.def("count_targets", &count_targets, Release(), "How many targets count; IndexError for one out of range.");
+
+  m.def(
+      "cross_entropy",
+      [](int dtype, Address logits, Address target, Address losses, Address lse, int64_t rows, int64_t classes,
+         int64_t ignore_index, float label_smoothing, int threads) {
+        CrossEntropyArgs args{dtype_of(dtype),   at<const void>(logits), at<const int64_t>(target),
+                              at<float>(losses), at<float>(lse),         rows,
+                              classes,           ignore_index,           label_smoothing};
+        kernels().cross_entropy(args, threads);
+      },
+      Release());
+
+  m.def(
+      "cross_entropy_backward",
+      [](int dtype, Address logits, Address target, Address lse, Address grad, int64_t grad_stride, float grad_scale,
+         Address dlogits, int64_t rows, int64_t classes, int64_t ignore_index, float label_smoothing, int threads) {
+        CrossEntropyBackwardArgs args{dtype_of(dtype),
+                                      at<const void>(logits),
+                                      at<const int64_t>(target),
+                                      at<const float>(lse),
+                                      at<const float>(grad),
+                                      grad_stride,
+                                      grad_scale,
+                                      at<void>(dlogits),
+                                      rows,
+                                      classes,
+                                      ignore_index,
+                                      label_smoothing};
+        kernels().cross_entropy_backward(args, threads);
+      },
+      Release());
+
+  m.def(
+      "attention",
+      [](int dtype, Address q, const Strides& qs, Address k, const Strides& ks, Address v, const Strides& vs, Address o,
+         const Strides& os, Address lse, int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
+         int64_t dim, float scale, bool causal, int threads) {
+        AttentionArgs args{dtype_of(dtype), tensor(q, qs), tensor(k, ks), tensor(v, vs), tensor(o, os), at<float>(lse),
+                           batch,           heads,         kv_heads,      queries,       keys,          dim,
+                           scale,           causal};
+        kernels().attention(args, threads);
+      },
+      Release());
+
+  m.def(
+      "attention_backward",
+      [](int dtype, Address q, const Strides& qs, Address k, const Strides& ks, Address v, const Strides& vs, Address o,
+         const Strides& os, Address do_, const Strides& dos, Address dq, const Strides& dqs, Address dk,
+         const Strides& dks, Address dv, const Strides& dvs, Address lse, int64_t batch, int64_t heads,
+         int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim, float scale, bool causal, int threads) {
+        AttentionBackwardArgs args{dtype_of(dtype),
+                                   tensor(q, qs),
+                                   tensor(k, ks),
+                                   tensor(v, vs),
+                                   tensor(o, os),
+                                   tensor(do_, dos),
+                                   tensor(dq, dqs),
+                                   tensor(dk, dks),
+                                   tensor(dv, dvs),
+                                   at<const float>(lse),
+                                   batch,
+                                   heads,
+                                   kv_heads,
+                                   queries,
+                                   keys,
+                                   dim,
+                                   scale,
+                                   causal};
+        kernels().attention_backward(args, threads);
+      },
+      Release());
+}

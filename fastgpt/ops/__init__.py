@@ -1,0 +1,33 @@
+"""The ops: one formula each, several engines. Names and arguments are torch.nn.functional's.
+
+    from fastgpt import ops
+    y = ops.attention(q, k, v, is_causal=True)
+
+They work under autograd, autocast and torch.compile. `backend.py` has the choice of engine; importing this registers the ops in torch's
+namespace `fastgpt` and patches nothing.
+"""
+
+from fastgpt.ops import backend
+from fastgpt.ops.activation import gelu, relu, sigmoid, silu, tanh
+from fastgpt.ops.attention import attention
+from fastgpt.ops.backend import get_backend, set_backend, use_backend
+from fastgpt.ops.cross_entropy import cross_entropy
+from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.softmax import softmax
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "gelu",
+    "get_backend",
+    "layer_norm",
+    "relu",
+    "set_backend",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "tanh",
+    "use_backend",
+]
+
+backend.start()

@@ -1,0 +1,32 @@
+"""Loads the C++ SIMD engine and holds what its callers share.
+
+torch is imported first on purpose: both link libgomp.so.1, and the module that comes second is given the first one's copy, so there is
+one pool of threads and `torch.set_num_threads` rules both.
+"""
+
+import torch
+from torch import Tensor
+
+from fastgpt import _cpu as kernels
+from fastgpt.ops.backend import NotCovered
+
+__all__ = ["address", "dtype_code", "kernels", "threads"]
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+kernels.isa()  # fails here, when the engine is loaded, where FASTGPT_CPU_ISA names what is not there
+
+threads = torch.get_num_threads
+
+
+def dtype_code(x: Tensor) -> int:
+    """The engine's number for a tensor's dtype; raises NotCovered for one it does not compute in."""
+    code = _CODES.get(x.dtype)
+    if code is None:
+        raise NotCovered(f"dtype {x.dtype}; covered are float32 and bfloat16")
+    return code
+
+
+def address(x: Tensor | None) -> int:
+    """A tensor's memory, 0 for None."""
+    return 0 if x is None else x.data_ptr()

@@ -1,0 +1,218 @@
+"""The formulas: every op and its gradient in plain torch, on any device and dtype.
+
+Each engine is tested against these functions in float64. They compute in float32 for half types and in the input's own type otherwise,
+and they are the last engine that takes what the others do not cover. Arguments are those of the ops' schemas, not of the public
+functions: the reduced dimension is last, defaults are filled in.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The tensor in the type that formulas are computed in: float32 for half types, its own otherwise."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# ---- activations; GELU is arXiv 1606.08415
+
+
+def relu(x: Tensor) -> Tensor:
+    return torch.where(x < 0, torch.zeros_like(x), x)
+
+
+def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    return torch.where(y <= 0, torch.zeros_like(grad), grad)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return (1 / (1 + torch.exp(-_wide(x)))).to(x.dtype)
+
+
+def sigmoid_backward(grad: Tensor, y: Tensor) -> Tensor:
+    s = _wide(y)
+    return (_wide(grad) * s * (1 - s)).to(grad.dtype)
+
+
+def tanh(x: Tensor) -> Tensor:
+    return torch.tanh(_wide(x)).to(x.dtype)
+
+
+def tanh_backward(grad: Tensor, y: Tensor) -> Tensor:
+    return (_wide(grad) * (1 - _wide(y) ** 2)).to(grad.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    v = _wide(x)
+    return (v / (1 + torch.exp(-v))).to(x.dtype)
+
+
+def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    v = _wide(x)
+    s = 1 / (1 + torch.exp(-v))
+    return (_wide(grad) * s * (1 + v * (1 - s))).to(grad.dtype)
+
+
+_CUBIC = 0.044715
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    v = _wide(x)
+    if approximate == "tanh":
+        u = math.sqrt(2 / math.pi) * (v + _CUBIC * v**3)
+        return (0.5 * v * (1 + torch.tanh(u))).to(x.dtype)
+    return (0.5 * v * (1 + torch.erf(v / math.sqrt(2)))).to(x.dtype)
+
+
+def gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
+    v, g = _wide(x), _wide(grad)
+    if approximate == "tanh":
+        t = torch.tanh(math.sqrt(2 / math.pi) * (v + _CUBIC * v**3))
+        slope = math.sqrt(2 / math.pi) * (1 + 3 * _CUBIC * v**2)
+        return (g * (0.5 * (1 + t) + 0.5 * v * (1 - t**2) * slope)).to(grad.dtype)
+    density = torch.exp(-0.5 * v**2) / math.sqrt(2 * math.pi)
+    return (g * (0.5 * (1 + torch.erf(v / math.sqrt(2))) + v * density)).to(grad.dtype)
+
+
+# ---- softmax
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool, True where query i may see key j: j <= i + keys - queries, aligned to the bottom right."""
+    i = torch.arange(queries, device=device)[:, None]
+    j = torch.arange(keys, device=device)[None, :]
+    return j <= i + keys - queries
+
+
+def softmax(x: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    """exp(v - max v) / sum exp(v - max v) over the last dimension, v = scale * x + mask."""
+    v = _wide(x) * scale
+    if mask is not None:
+        v = v + mask
+    if is_causal:
+        v = v.masked_fill(~causal_mask(x.shape[-2], x.shape[-1], x.device), -math.inf)
+    if v.shape[-1] == 0:
+        return v.to(x.dtype)
+    e = torch.exp(v - v.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)).to(x.dtype)
+
+
+def softmax_backward(grad: Tensor, y: Tensor, scale: float) -> Tensor:
+    g, p = _wide(grad), _wide(y)
+    return (scale * p * (g - (g * p).sum(-1, keepdim=True))).to(grad.dtype)
+
+
+# ---- layer norm, arXiv 1607.06450
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and 1 / standard deviation over the last dimension; the statistics have x's shape less that dimension."""
+    v = _wide(x)
+    mean = v.mean(-1)
+    centred = v - mean[..., None]
+    rstd = 1 / torch.sqrt((centred**2).mean(-1) + eps)
+    y = centred * rstd[..., None]
+    if weight is not None:
+        y = y * _wide(weight)
+    if bias is not None:
+        y = y + _wide(bias)
+    return y.to(x.dtype), mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs_params: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias; the last two are empty where `needs_params` is false."""
+    dy = _wide(grad)
+    xhat = (_wide(x) - mean[..., None]) * rstd[..., None]
+    g = dy if weight is None else dy * _wide(weight)
+    dx = rstd[..., None] * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
+    param_dtype = x.dtype if weight is None else weight.dtype
+    if not needs_params:
+        return dx.to(x.dtype), x.new_empty(0, dtype=param_dtype), x.new_empty(0, dtype=param_dtype)
+    rows = (-1, x.shape[-1])
+    dweight = (dy * xhat).reshape(rows).sum(0).to(param_dtype)
+    return dx.to(x.dtype), dweight, dy.reshape(rows).sum(0).to(param_dtype)
+
+
+# ---- attention
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale * query key^T) value, and the log-sum-exp of the scores (B, H, Tq); rows that see nothing are 0 and -inf."""
+    p, lse = _probabilities(query, key, is_causal, scale)
+    o = p @ _repeat(value, query.shape[1])
+    return o.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dV = P^T dO; dS = P (dO V^T - rowsum(dO O)); dQ = scale dS K; dK = scale dS^T Q (arXiv 2205.14135, appendix B.4)."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    do = _wide(grad)
+    p, _ = _probabilities(query, key, is_causal, scale)
+    dv = p.transpose(-1, -2) @ do
+    dp = do @ _repeat(value, heads).transpose(-1, -2)
+    ds = scale * p * (dp - (do * (p @ _repeat(value, heads))).sum(-1, keepdim=True))
+    dq = ds @ _repeat(key, heads)
+    dk = ds.transpose(-1, -2) @ _wide(query)
+    dk, dv = (g.unflatten(1, (kv_heads, heads // kv_heads)).sum(2) if heads != kv_heads else g for g in (dk, dv))
+    layout = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in (dq, dk, dv)]
+    return layout[0].to(query.dtype), layout[1].to(key.dtype), layout[2].to(value.dtype)
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """Each of the H_kv heads for the heads // H_kv query heads that share it, in the formulas' type."""
+    return _wide(x) if x.shape[1] == heads else _wide(x).repeat_interleave(heads // x.shape[1], 1)
+
+
+def _probabilities(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    heads = query.shape[1]
+    scores = scale * (_wide(query) @ _repeat(key, heads).transpose(-1, -2))  # (B, H, Tq, Tk)
+    sees_some = torch.full(scores.shape[-2:-1], scores.shape[-1] > 0, device=scores.device)
+    if is_causal:
+        seen = causal_mask(scores.shape[-2], scores.shape[-1], scores.device)
+        scores = scores.masked_fill(~seen, -math.inf)
+        sees_some = seen.any(-1)
+    lse = torch.logsumexp(scores, -1)
+    p = torch.where(sees_some[:, None], torch.exp(scores - lse[..., None]), 0.0)
+    return p, torch.where(sees_some, lse, -math.inf)
+
+
+# ---- cross-entropy, with label smoothing as in arXiv 1512.00567 (section 7)
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The loss (a scalar, or (N) for reduction "none") and each row's log-sum-exp (0 where the target is ignored)."""
+    v = _wide(logits)
+    counted = target != ignore_index
+    safe = torch.where(counted, target, 0)
+    if bool(((safe < 0) | (safe >= v.shape[-1])).any()):
+        raise IndexError(f"target: expected 0 to {v.shape[-1] - 1} or ignore_index ({ignore_index}), got one outside")
+    lse = torch.logsumexp(v, -1)
+    losses = (1 - label_smoothing) * (lse - v.gather(-1, safe[:, None])[:, 0])
+    if label_smoothing > 0:
+        losses = losses + label_smoothing * (lse - v.mean(-1))
+    losses = torch.where(counted, losses, 0.0)
+    lse = torch.where(counted, lse, 0.0)
+    if reduction == "none":
+        return losses, lse
+    total = losses.sum()
+    return (total if reduction == "sum" else total / counted.sum()), lse
+
+
+def cross_entropy_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    v = _wide(logits)
+    counted = target != ignore_index
+    g = grad.to(v.dtype) / counted.sum() if reduction == "mean" else grad.to(v.dtype)
+    p = torch.exp(v - lse[:, None]) - label_smoothing / v.shape[-1]
+    safe = torch.where(counted, target, 0)
+    p.scatter_add_(-1, safe[:, None], torch.full_like(p[:, :1], label_smoothing - 1))
+    return (torch.where(counted[:, None], p, 0.0) * g[..., None]).to(logits.dtype)
