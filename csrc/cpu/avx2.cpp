@@ -16,8 +16,6 @@ const Kernels* avx2_kernels() {
 }  // namespace fastgpt::cpu
 #else
 namespace fastgpt::cpu {
-const Kernels* avx2_kernels() {
-  return nullptr;
-}
+const Kernels* avx2_kernels() { return nullptr; }
 }  // namespace fastgpt::cpu
 #endif

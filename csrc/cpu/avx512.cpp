@@ -17,8 +17,6 @@ const Kernels* avx512_kernels() {
 }  // namespace fastgpt::cpu
 #else
 namespace fastgpt::cpu {
-const Kernels* avx512_kernels() {
-  return nullptr;
-}
+const Kernels* avx512_kernels() { return nullptr; }
 }  // namespace fastgpt::cpu
 #endif

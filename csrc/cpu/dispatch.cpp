@@ -43,8 +43,6 @@ const Kernels& kernels() {
   return *table;
 }
 
-void select_isa(const char* name) {
-  active.store(choose(name), std::memory_order_release);
-}
+void select_isa(const char* name) { active.store(choose(name), std::memory_order_release); }
 
 }  // namespace fastgpt::cpu

@@ -4,14 +4,17 @@
 namespace fastgpt::cpu {
 namespace {
 
+// clang-format off: the order matters
+#include "cpu/vec.inl"
+#include "cpu/vec_math.inl"
+#include "cpu/parallel.inl"
+
 #include "cpu/activation.inl"
 #include "cpu/attention.inl"
 #include "cpu/cross_entropy.inl"
 #include "cpu/layer_norm.inl"
-#include "cpu/parallel.inl"
 #include "cpu/softmax.inl"
-#include "cpu/vec.inl"
-#include "cpu/vec_math.inl"
+// clang-format on
 
 const Kernels kTable = {
     .isa = FASTGPT_ISA,

@@ -7,7 +7,5 @@
 #include "cpu/engine.inl"
 
 namespace fastgpt::cpu {
-const Kernels* portable_kernels() {
-  return &kTable;
-}
+const Kernels* portable_kernels() { return &kTable; }
 }  // namespace fastgpt::cpu

@@ -22,18 +22,12 @@ INLINE To bit_cast(From from) {
   return to;
 }
 
-INLINE Vec splat(float x) {
-  return x - Vec{};
-}
+INLINE Vec splat(float x) { return x - Vec{}; }
 
 // ---- scalars
 
-INLINE float to_float(float x) {
-  return x;
-}
-INLINE float to_float(BFloat16 x) {
-  return bit_cast<float>(uint32_t{x.bits} << 16);
-}
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 
 template <class T>
 INLINE T from_float(float x);
@@ -64,9 +58,7 @@ INLINE Vec load(const BFloat16* p) {
   return bit_cast<Vec>(__builtin_convertvector(half, VecUInt) << 16);
 }
 
-INLINE void store(float* p, Vec v) {
-  std::memcpy(p, &v, sizeof v);
-}
+INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 INLINE VecHalf to_bfloat16(Vec v) {
   VecUInt bits = bit_cast<VecUInt>(v);
@@ -83,29 +75,21 @@ INLINE void store(BFloat16* p, Vec v) {
 // ---- the first n lanes (0 <= n <= kLanes); loads fill the others, stores leave their memory alone
 
 #if FASTGPT_LANES == 16
-INLINE __mmask16 first_lanes(int n) {
-  return static_cast<__mmask16>((1u << n) - 1);
-}
+INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 
 INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
   return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p);
 }
-INLINE void store_n(float* p, Vec v, int n) {
-  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
-}
+INLINE void store_n(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
 #elif FASTGPT_LANES == 8
-INLINE VecInt first_lanes(int n) {
-  return VecInt{0, 1, 2, 3, 4, 5, 6, 7} < n;
-}
+INLINE VecInt first_lanes(int n) { return VecInt{0, 1, 2, 3, 4, 5, 6, 7} < n; }
 
 INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
   VecInt mask = first_lanes(n);
   Vec v = (Vec)_mm256_maskload_ps(p, (__m256i)mask);
   return mask ? v : splat(fill);
 }
-INLINE void store_n(float* p, Vec v, int n) {
-  _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v);
-}
+INLINE void store_n(float* p, Vec v, int n) { _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v); }
 #else
 INLINE Vec load_n(const float* p, int n, float fill = 0.0f) {
   Vec v = splat(fill);
@@ -131,20 +115,12 @@ INLINE void store_n(BFloat16* p, Vec v, int n) {
 // ---- arithmetic
 
 // NaN in b is kept, NaN in a is not: put the accumulator first where a NaN must be dropped, second where it must stay.
-INLINE Vec max(Vec a, Vec b) {
-  return a > b ? a : b;
-}
-INLINE Vec min(Vec a, Vec b) {
-  return a < b ? a : b;
-}
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
-INLINE Vec fma(Vec a, Vec b, Vec c) {
-  return a * b + c;
-}  // contracted where the target has FMA
+INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted where the target has FMA
 
-INLINE Vec abs(Vec a) {
-  return bit_cast<Vec>(bit_cast<VecUInt>(a) & 0x7fffffffu);
-}
+INLINE Vec abs(Vec a) { return bit_cast<Vec>(bit_cast<VecUInt>(a) & 0x7fffffffu); }
 
 INLINE Vec copysign(Vec magnitude, Vec sign) {
   return bit_cast<Vec>((bit_cast<VecUInt>(magnitude) & 0x7fffffffu) | (bit_cast<VecUInt>(sign) & 0x80000000u));

@@ -29,9 +29,7 @@ INLINE Vec exp(Vec x) {
 #endif
 }
 
-INLINE Vec sigmoid(Vec x) {
-  return 1.0f / (1.0f + exp(-x));
-}
+INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 // Cephes' tanhf: an odd polynomial below 0.625, 1 - 2 / (exp(2x) + 1) above.
 INLINE Vec tanh(Vec x) {
