@@ -1,0 +1,161 @@
+"""GPT: a decoder-only transformer with learned positions, norms before the blocks' halves, and a head tied to the token
+embedding.
+
+    x_0     = dropout(wte[idx] + wpe[position])
+    x'_l    = x_l  + attention(layer_norm(x_l))
+    x_{l+1} = x'_l + mlp(layer_norm(x'_l))
+    logits  = layer_norm(x_L) wte^T
+
+The architecture is GPT-2's (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners", 2.3). Keys and
+values may be shared between query heads (n_kv_head). Dropout acts on the embeddings and on the output of both halves of
+a block; there is none on the attention probabilities. The head has no weight of its own: it reads `wte.weight`, which a
+state_dict therefore holds once.
+
+Not here: rotary or other relative positions, an untied head, gated feed-forward layers, mixtures of experts.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from fastgpt import ops
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.init import init_weights
+from fastgpt.nn import MLP, CausalSelfAttention, LayerCache, LayerNorm
+
+
+class Cache(Protocol):
+    """What the model needs of a cache of keys and values; fastgpt.infer.KVCache supplies it."""
+
+    @property
+    def length(self) -> int:
+        """Tokens cached so far: the position of the next one."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[LayerCache]:
+        """One cache a block."""
+        ...
+
+
+class Block(torch.nn.Module):
+    """One block: causal self-attention, then the MLP, each behind a layer norm and added to the residual stream.
+
+    Shapes: (B, T, C) to (B, T, C). Under autocast the residual stream keeps the parameters' dtype.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C, bias, dropout = config.n_embd, config.bias, config.dropout
+        self.ln_1 = LayerNorm(C, bias=bias)
+        self.attn = CausalSelfAttention(C, config.n_head, n_kv_head=config.n_kv_head, bias=bias, dropout=dropout)
+        self.ln_2 = LayerNorm(C, bias=bias)
+        self.mlp = MLP(C, activation=config.activation, bias=bias, dropout=dropout)
+
+    def forward(self, x: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+class GPT(torch.nn.Module):
+    """A GPT with the weights of `config.init`, drawn from torch's default generator (seed it with torch.manual_seed).
+
+    Args:
+        config: a GPTConfig; kept as `model.config`.
+
+    Example:
+        >>> model = GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=2, n_head=2, n_embd=16))
+        >>> logits, loss = model(torch.zeros(3, 8, dtype=torch.int64))
+        >>> logits.shape, loss
+        (torch.Size([3, 1, 65]), None)
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Made without memory, then allocated once: torch's own starting weights would be drawn only to be overwritten.
+        with torch.device("meta"):
+            self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = torch.nn.Embedding(config.block_size, config.n_embd)
+            self.h = torch.nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+        if torch.get_default_device().type != "meta":
+            self.to_empty(device=torch.get_default_device())
+            init_weights(self, config.init)
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits, and with targets the mean cross-entropy.
+
+        Args:
+            idx: token ids, (B, T) int64 or int32, each below vocab_size.
+            targets: the tokens to predict, (B, T) int64; positions holding -100 do not count.
+            cache: keys and values of the tokens before idx, which then start at position cache.length; idx is appended
+                to it.
+            all_logits: without targets, return the logits of every position rather than of the last one only.
+
+        Returns:
+            (logits, loss): logits (B, T, V) and a scalar loss in nats a token where targets are given; else logits (B,
+            1, V), or (B, T, V) with all_logits, and None. Logits have the parameters' dtype, or the autocast dtype
+            under autocast.
+
+        Raises:
+            ValueError: idx is not (B, T) with T >= 1, or its end lies beyond block_size, or targets have another shape.
+            IndexError: a token id that is negative or not below vocab_size (raised by torch, on the CPU).
+        """
+        if idx.dim() != 2 or idx.shape[1] == 0:
+            raise ValueError(f"idx: got shape {tuple(idx.shape)}; accepted: (B, T) with T of at least 1")
+        T = idx.shape[1]
+        start = 0 if cache is None else cache.length
+        if start + T > self.config.block_size:
+            cached = f" after {start} cached" if start else ""
+            raise ValueError(f"idx: got {T} tokens{cached}; accepted: at most block_size = {self.config.block_size}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted: that of idx, {tuple(idx.shape)}")
+
+        x = self.wte(idx) + self.wpe.weight[start : start + T]  # (B, T, C) + (T, C)
+        if self.config.dropout and self.training:
+            x = F.dropout(x, self.config.dropout)
+        if cache is None:
+            for block in self.h:
+                x = block(x)  # (B, T, C)
+        else:
+            for block, layer_cache in zip(self.h, cache.layers, strict=True):
+                x = block(x, layer_cache)  # (B, T, C)
+        if targets is None and not all_logits:
+            x = x[:, -1:]  # (B, 1, C): the head is most of a small model's work
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.wte.weight.device
+
+    def n_params(self, *, positions: bool = True) -> int:
+        """The number of weights; the head's are the token embedding's and count once. Without `positions`, less the
+        position embedding."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total if positions else total - self.wpe.weight.numel()
+
+    def flops_per_token(self, n_tokens: int | None = None) -> int:
+        """Floating-point operations of one token's forward and backward pass in a sequence of n_tokens (block_size
+        where None).
+
+        6 for every weight that multiplies (two forward, four backward: the matrices of the blocks and the head) and 12
+        n_layer n_embd n_tokens for the scores and the weighted sum, as in arXiv:2204.02311, appendix B: full attention,
+        so that causal attention is counted twice over. Norms, activations and the embeddings' look-ups are not counted.
+        """
+        n_tokens = self.config.block_size if n_tokens is None else n_tokens
+        matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + self.wte.weight.numel()
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * n_tokens

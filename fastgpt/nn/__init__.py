@@ -1,0 +1,28 @@
+"""Modules on the ops: torch.nn's names, arguments and state_dict keys, plus the two blocks of a transformer.
+
+    from fastgpt import nn
+
+    norm = nn.LayerNorm(768)                      # a torch.nn.LayerNorm, computed by fastgpt.ops.layer_norm
+    attention = nn.CausalSelfAttention(768, 12)   # (B, T, C) -> (B, T, C)
+
+Importing this package changes nothing in torch.
+"""
+
+from fastgpt.nn.attention import CausalSelfAttention, LayerCache
+from fastgpt.nn.mlp import ACTIVATIONS, MLP
+from fastgpt.nn.modules import GELU, CrossEntropyLoss, LayerNorm, ReLU, Sigmoid, SiLU, Softmax, Tanh
+
+__all__ = [
+    "ACTIVATIONS",
+    "GELU",
+    "MLP",
+    "CausalSelfAttention",
+    "CrossEntropyLoss",
+    "LayerCache",
+    "LayerNorm",
+    "ReLU",
+    "SiLU",
+    "Sigmoid",
+    "Softmax",
+    "Tanh",
+]

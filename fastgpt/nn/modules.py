@@ -1,0 +1,172 @@
+"""Drop-in forms of torch.nn's LayerNorm, Softmax, ReLU, Sigmoid, Tanh, GELU, SiLU and CrossEntropyLoss, computed by
+fastgpt.ops.
+
+Each class derives from torch's class of the same name: constructor arguments, parameters, state_dict keys and repr are
+torch's own, an `isinstance` check against torch.nn still holds, and a state_dict moves either way. Only `forward`
+differs.
+
+What the ops do not do goes to torch's own forward, and says so once a process through the logger "fastgpt":
+    ReLU(inplace=True), SiLU(inplace=True)                  torch's in-place kernel
+    CrossEntropyLoss with class weights or with class probabilities as the target
+
+Softmax needs its `dim`: torch guesses one where it is None, and deprecates that.
+"""
+
+import functools
+import logging
+
+import torch
+
+from fastgpt import ops
+
+_log = logging.getLogger("fastgpt")
+
+
+@functools.cache
+def _log_fallback(what: str) -> None:
+    """Says once that torch computes `what`."""
+    _log.warning("%s is computed by torch: the fastgpt op does not support it", what)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm(normalized_shape, eps=1e-5, elementwise_affine=True, bias=True) on `ops.layer_norm`.
+
+    Args of forward:
+        input: (..., *normalized_shape), fp32, bf16 or another floating dtype that the op takes.
+
+    Returns:
+        A tensor of the input's shape and dtype; mean and variance are accumulated in fp32.
+
+    Example:
+        >>> LayerNorm(4)(torch.arange(8.0).view(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class Softmax(torch.nn.Softmax):
+    """torch.nn.Softmax(dim) on `ops.softmax`; any shape, the input's dtype.
+
+    Raises:
+        ValueError: dim is None.
+
+    Example:
+        >>> Softmax(dim=-1)(torch.zeros(1, 2))
+        tensor([[0.5000, 0.5000]])
+    """
+
+    dim: int
+
+    def __init__(self, dim: int | None = None) -> None:
+        if dim is None:
+            raise ValueError("dim: got None; give the dimension to normalise, for example Softmax(dim=-1)")
+        super().__init__(dim)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return ops.softmax(input, self.dim)
+
+
+class ReLU(torch.nn.ReLU):
+    """torch.nn.ReLU(inplace=False) on `ops.relu`; any shape, the input's dtype.
+
+    Example:
+        >>> ReLU()(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.inplace:
+            _log_fallback("ReLU(inplace=True)")
+            return super().forward(input)
+        return ops.relu(input)
+
+
+class Sigmoid(torch.nn.Sigmoid):
+    """torch.nn.Sigmoid() on `ops.sigmoid`; any shape, the input's dtype.
+
+    Example:
+        >>> Sigmoid()(torch.tensor([0.0]))
+        tensor([0.5000])
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return ops.sigmoid(input)
+
+
+class Tanh(torch.nn.Tanh):
+    """torch.nn.Tanh() on `ops.tanh`; any shape, the input's dtype.
+
+    Example:
+        >>> Tanh()(torch.tensor([0.0]))
+        tensor([0.])
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return ops.tanh(input)
+
+
+class GELU(torch.nn.GELU):
+    """torch.nn.GELU(approximate="none") on `ops.gelu`, "none" being the erf form and "tanh" GPT-2's; any shape, the
+    input's dtype.
+
+    Example:
+        >>> GELU(approximate="tanh")(torch.tensor([0.0]))
+        tensor([0.])
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return ops.gelu(input, approximate=self.approximate)
+
+
+class SiLU(torch.nn.SiLU):
+    """torch.nn.SiLU(inplace=False) on `ops.silu`; any shape, the input's dtype.
+
+    Example:
+        >>> SiLU()(torch.tensor([0.0]))
+        tensor([0.])
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.inplace:
+            _log_fallback("SiLU(inplace=True)")
+            return super().forward(input)
+        return ops.silu(input)
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss(weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0) on
+    `ops.cross_entropy`.
+
+    Args of forward:
+        input: logits (C), (N, C) or (N, C, d1, ...), classes in dimension 1 as in torch.
+        target: class indices () , (N) or (N, d1, ...), int64; `ignore_index` marks positions that do not count.
+
+    Returns:
+        The loss in nats: a scalar, or with reduction="none" a tensor of the target's shape.
+
+    Example:
+        >>> CrossEntropyLoss()(torch.zeros(3, 4), torch.tensor([0, 1, 2]))
+        tensor(1.3863)
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.weight is not None or target.is_floating_point():
+            _log_fallback("CrossEntropyLoss with class weights or class probabilities")
+            return super().forward(input, target)
+        if input.dim() > 2:
+            input = input.movedim(1, -1)  # (N, d1, ..., C)
+        classes = input.shape[-1]
+        if target.shape != input.shape[:-1]:
+            raise ValueError(
+                f"target: got shape {tuple(target.shape)}; these logits take class indices of shape {tuple(input.shape[:-1])}"
+            )
+        loss = ops.cross_entropy(
+            input.reshape(-1, classes),
+            target.reshape(-1),
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+        return loss.view(target.shape) if self.reduction == "none" else loss
