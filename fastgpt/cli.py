@@ -1,0 +1,297 @@
+"""The command line: `fastgpt train`, `sample`, `info`, `bench`.
+
+Every option of a run stands in `fastgpt train --help` with its default, made from the dataclasses of fastgpt.train.config: by
+its dotted name (`--train.batch_size 8`) and, for most, by a short one (`--batch-size 8`). torch is imported only by the command
+that needs it.
+
+Exit codes: 0 done; 1 the training failed (a loss that is no longer finite); 2 something given cannot be used, told in one line
+on stderr; 128 + N ended by signal N (130 after Ctrl-C, with a checkpoint written).
+"""
+
+import argparse
+import os
+import signal
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from fastgpt import __version__
+from fastgpt.errors import UserError
+from fastgpt.train.config import load_config, nearest, options, preset_names, read_preset, read_yaml
+
+# Short names of options whose own name says too little without its section; None: no short name.
+SHORT = {
+    "data.source": "--data",
+    "tokenizer.type": "--tokenizer",
+    "tokenizer.path": "--tokenizer-path",
+    "tokenizer.pattern": None,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors that name the nearest right option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Like parse_args, with a hint for an unknown option."""
+        found, unknown = self.parse_known_args(arguments)
+        for argument in unknown:
+            if argument.startswith("-"):
+                name = argument.split("=")[0]
+                raise UserError(
+                    f"unknown option {name}{nearest(name, self._option_string_actions)} (see {self.prog} --help)"
+                )
+            raise UserError(f"unexpected argument {argument!r} (see {self.prog} --help)")
+        return found
+
+
+def _parser(command: str, description: str) -> Parser:
+    return Parser(
+        prog=f"fastgpt {command}".strip(),
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40, width=110),
+    )
+
+
+def _words(default: Any) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else repr(default) if isinstance(default, str) else str(default)
+
+
+def train_parser() -> Parser:
+    """The parser of `fastgpt train`."""
+    parser = _parser(
+        "train",
+        "Train a GPT. With nothing given: the standard library's source, a BPE tokenizer, about three minutes on two cores.\n"
+        "Values come from the defaults, --preset, --config, and the options below, each over the one before.",
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"a ready configuration: {', '.join(preset_names())} (default: none)"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file with sections data, tokenizer, model, train (default: none)"
+    )
+    parser.add_argument(
+        "--out", metavar="RUN", help="the run folder to make (default: runs/<corpus>-N, the next free N)"
+    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped (default: start a new one)")
+    groups: dict[str, Any] = {}
+    for key, item in options():
+        section, name = key.split(".")
+        group = groups.setdefault(section, parser.add_argument_group(section) if section not in groups else None)
+        short = SHORT.get(key, f"--{name.replace('_', '-')}")
+        limits = item.metadata
+        kind = typing.get_args(item.type)[0] if typing.get_args(item.type) else item.type
+        metavar = {bool: "true|false", int: "N", float: "X"}.get(kind, "TEXT")
+        if "choices" in limits:
+            metavar = "|".join(limits["choices"])
+        group.add_argument(
+            *([short] if short else []),
+            f"--{key}",
+            dest=key,
+            metavar=metavar,
+            default=argparse.SUPPRESS,
+            help=f"{limits['help']} (default: {_words(item.default)})".replace("%", "%%"),
+        )
+    return parser
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`fastgpt train`."""
+    given = vars(train_parser().parse(arguments))
+    preset, file, out, resume = (given.pop(name) for name in ("preset", "config", "out", "resume"))
+    if resume is not None and out is not None:
+        raise UserError("--resume and --out are both given; a resume goes on in its own folder")
+    if resume is None:
+        config = load_config(preset=preset, file=file, overrides=given)
+
+    from fastgpt.train.run import open_run, start_run
+
+    if resume is None:
+        run = start_run(config, Path(out) if out is not None else None, _say)
+    else:
+        layers = [read_preset(preset)] if preset is not None else []
+        layers += [read_yaml(Path(file))] if file is not None else []
+        run = open_run(Path(resume), layers, given)
+
+    from fastgpt.train.loop import Trainer
+
+    trainer = Trainer(run, _say)
+    _say(trainer.description)
+    outcome = trainer.fit()
+    if outcome.status == "diverged":
+        print(f"fastgpt: error: {outcome.message}", file=sys.stderr)
+        return 1
+    if outcome.message:
+        _say(outcome.message)
+    if outcome.status == "interrupted":
+        return 128 + outcome.signal
+
+    summary = trainer.finish()
+    print(
+        f"validation loss {summary['val_loss']:.4f} ({summary['val_bits_per_byte']:.3f} bits per byte), "
+        f"bigram baseline {summary['bigram_val_loss']:.4f} ({summary['bigram_val_bits_per_byte']:.3f}), "
+        f"on the same {summary['val_tokens']:,} held-out tokens"
+    )
+    print(f"run folder: {run.folder}", flush=True)
+    if run.config.train.sample_tokens:
+        from fastgpt.infer import generate_text, load_run
+
+        prompt = run.config.train.sample_prompt
+        model, tokenizer = load_run(run.folder)
+        print("sample:")
+        _stream(
+            prompt,
+            generate_text(model, tokenizer, prompt, run.config.train.sample_tokens, seed=run.config.train.seed % 2**63),
+        )
+    return 0
+
+
+def sample(arguments: Sequence[str]) -> int:
+    """`fastgpt sample`."""
+    parser = _parser("sample", "Print text from a trained model, as it is made.")
+    parser.add_argument("run", metavar="RUN", help="the run folder that `fastgpt train` wrote")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", default="", help="the text to go on from (default: none, a fresh start)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=200, help="tokens to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="X", type=float, default=0.8, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-k",
+        metavar="N",
+        type=int,
+        default=50,
+        help="draw from the N most probable tokens, 0: all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        metavar="X",
+        type=float,
+        default=0.95,
+        help="draw from the fewest that reach X (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, help="makes the text repeatable (default: none, other text each time)"
+    )
+    parser.add_argument("--device", metavar="NAME", default="cpu", help="where to run the model (default: %(default)s)")
+    given = parser.parse(arguments)
+    if given.seed is not None and not 0 <= given.seed < 2**63:
+        raise UserError(f"--seed is {given.seed}; accepted is a whole number from 0 to 2**63 - 1")
+
+    from fastgpt.infer import generate_text, load_run
+    from fastgpt.train.run import choose_device
+
+    model, tokenizer = load_run(given.run, choose_device(given.device))
+    pieces = generate_text(
+        model,
+        tokenizer,
+        given.prompt,
+        given.max_new_tokens,
+        temperature=given.temperature,
+        top_k=given.top_k or None,
+        top_p=given.top_p,
+        seed=given.seed,
+    )
+    _stream(given.prompt, pieces)
+    return 0
+
+
+def info(arguments: Sequence[str]) -> int:
+    """`fastgpt info`."""
+    parser = _parser(
+        "info", "Print versions, the chip, its instruction sets, and which engine each op will use, and why."
+    )
+    parser.parse(arguments)
+    from fastgpt.info import main as run_info
+
+    return run_info() or 0
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """`fastgpt bench`: its options are the benchmarks' own."""
+    from fastgpt.benchmarks import main as run_benchmarks
+
+    return run_benchmarks(list(arguments)) or 0
+
+
+COMMANDS = {
+    "train": (train, "train a GPT, or go on with a run"),
+    "sample": (sample, "print text from a trained model"),
+    "info": (info, "what this machine has and which engine each op will use"),
+    "bench": (bench, "run the benchmarks"),
+}
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _stream(prompt: str, pieces: typing.Iterable[str]) -> None:
+    """Print the prompt and then the pieces as they come."""
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM before the training loop has its own handler: leave through the clean-up code."""
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: those after the program's name; sys.argv's where None.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    lines = "\n".join(f"  {name:8}{text}" for name, (_, text) in COMMANDS.items())
+    parser = _parser(
+        "", f"Text to a trained GPT to an answer.\n\ncommands:\n{lines}\n\n`fastgpt COMMAND --help` says more."
+    )
+    parser.usage = "fastgpt COMMAND [options]"
+    parser.add_argument("--version", action="version", version=f"fastgpt {__version__}")
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of ending the program
+        if not arguments:
+            parser.print_help()
+            return 2
+        if arguments[0] not in COMMANDS:
+            parser.parse_args(arguments[:1]) if arguments[0].startswith("-") else None
+            raise UserError(
+                f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; there are: {', '.join(COMMANDS)}"
+            )
+        previous = signal.signal(signal.SIGTERM, _terminated)
+        try:
+            return COMMANDS[arguments[0]][0](arguments[1:])
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    except UserError as error:
+        print("fastgpt: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastgpt: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fastgpt sample RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

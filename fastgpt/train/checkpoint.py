@@ -1,0 +1,226 @@
+"""Checkpoints that a kill cannot break, and from which a run goes on exactly.
+
+    checkpoints/step-000250/model.safetensors      the weights (fastgpt.model.save_model)
+                            training.safetensors   AdamW's moments and step, by parameter name; random-number states
+                            state.json             step, plan, best loss, ...; and the size and CRC-32 of the other two files
+    checkpoints/latest                             one line, the folder's name
+
+Writing goes: a temporary folder, every file flushed, a rename to the final name, then the pointer replaced, then older checkpoints
+removed. So at any moment `latest` names a complete checkpoint. Reading checks sizes and CRCs first: a damaged checkpoint is reported,
+never half loaded.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastgpt.errors import UserError
+from fastgpt.model import load_weights, save_model
+from fastgpt.train.files import fsync_path, replace_text
+
+FORMAT = "fastgpt-checkpoint"
+FILES = ("model.safetensors", "training.safetensors")
+
+
+@dataclass
+class TrainState:
+    """What a run knows besides weights and optimizer, all of it in state.json.
+
+    Attributes:
+        step: optimizer steps done.
+        max_steps: the run's length, once known (a time budget becomes steps after its first seconds).
+        eval_interval: steps between evaluations, once known.
+        best_loss: lowest validation loss so far.
+        best_step: where it was.
+        train_loss_at_best: the training loss measured with it.
+        evals_without_better: evaluations since then.
+        elapsed_s: seconds of training so far, evaluations included, over all resumes.
+        warned_overfitting: the message that training and validation part ways was given.
+        threads: CPU threads of the run; another number sums in another order.
+    """
+
+    step: int = 0
+    max_steps: int | None = None
+    eval_interval: int | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    train_loss_at_best: float | None = None
+    evals_without_better: int = 0
+    elapsed_s: float = 0.0
+    warned_overfitting: bool = False
+    threads: int = 0
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["rng.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def save_checkpoint(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, keep: int = 2
+) -> Path:
+    """Write the checkpoint of `state.step` and point `latest` at it.
+
+    Args:
+        run: the run folder.
+        model: its weights.
+        optimizer: its moments.
+        state: everything else.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; nothing changed.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    final = folder / f"step-{state.step:06d}"
+    temporary = folder / f".tmp-step-{state.step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        save_model(model, temporary / "model.safetensors")
+        save_file(_optimizer_tensors(model, optimizer) | _random_states(), temporary / "training.safetensors")
+        files = {}
+        for name in FILES:
+            path = temporary / name
+            fsync_path(path)
+            files[name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+        content = {"format": FORMAT, "version": 1, "state": asdict(state), "files": files}
+        replace_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
+        if final.exists():  # left by an attempt that this run has gone back behind
+            old = folder / f".old-{final.name}"
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+        os.rename(temporary, final)
+        fsync_path(folder)
+        replace_text(folder / "latest", final.name + "\n")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _remove_old(folder, final, keep)
+    return final
+
+
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _remove_old(folder: Path, newest: Path, keep: int) -> None:
+    """Keep the newest `keep` checkpoints up to `newest`; later ones belong to an attempt that this run has gone back behind."""
+    steps = _all(folder)
+    here = steps.index(newest) + 1
+    for path in [*steps[: max(here - keep, 0)], *steps[here:], *folder.glob(".old-*"), *folder.glob(".tmp-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The folder that `latest` names; where that is gone, the newest there is; None without any."""
+    folder = run / "checkpoints"
+    pointer = folder / "latest"
+    if pointer.is_file():
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if name.startswith("step-") and (folder / name).is_dir():
+            return folder / name
+    steps = _all(folder)
+    return steps[-1] if steps else None
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    steps = _all(folder.parent)
+    earlier = steps[: steps.index(folder)]
+    way_out = f"remove that folder to go on from {earlier[-1].name}" if earlier else "there is no earlier one"
+    return UserError(f"the checkpoint {folder} is damaged: {reason}; {way_out}")
+
+
+def read_state(folder: Path) -> TrainState:
+    """The state of a checkpoint, after checking that all its files are whole.
+
+    Raises:
+        UserError: a file is missing, cut short, changed, or no checkpoint of fastgpt.
+    """
+    try:
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _damaged(folder, f"state.json cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise _damaged(folder, "state.json is not JSON") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f'{folder} is not a checkpoint of fastgpt (state.json has no "format": "{FORMAT}")')
+    known = {item.name for item in fields(TrainState)}
+    values = content.get("state")
+    if content.get("version") != 1 or not isinstance(values, dict) or set(values) != known:
+        raise UserError(f"{folder} was written by another version of fastgpt; this one reads version 1")
+    for name in FILES:
+        path, expected = folder / name, content["files"][name]
+        size = path.stat().st_size if path.is_file() else 0
+        if size != expected["bytes"]:
+            raise _damaged(folder, f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
+        if _crc32(path) != expected["crc32"]:
+            raise _damaged(folder, f"the content of {name} has changed")
+    return TrainState(**values)
+
+
+def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put a checkpoint's weights, moments and random-number states in place; returns the rest.
+
+    Args:
+        folder: the checkpoint.
+        model: a GPT of the same configuration, already on its device.
+        optimizer: built over this model's parameters.
+
+    Raises:
+        UserError: damaged, foreign, or of a model with another configuration.
+    """
+    state = read_state(folder)
+    load_weights(model, folder / "model.safetensors")
+    try:
+        tensors = load_file(folder / "training.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, f"training.safetensors cannot be read ({error})") from error
+    loaded: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        key, _, parameter = name.partition(".")
+        loaded.setdefault(parameter, {})[key] = tensor
+    for name, parameter in model.named_parameters():
+        values = loaded.get(name)
+        if values is None and parameter.requires_grad and state.step > 0:
+            raise _damaged(folder, f"training.safetensors has no moments for {name}")
+        if values:
+            # AdamW's fused form wants its step count on the parameter's device.
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return state

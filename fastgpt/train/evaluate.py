@@ -1,0 +1,60 @@
+"""The loss on fixed text, and the bigram baseline on the same tokens."""
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgpt.model import BigramModel
+
+BIGRAM_TOKENS = 20_000_000  # counting more changes the baseline's third decimal and takes seconds
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """bfloat16 autocast on the device, or nothing for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device, dtype: torch.dtype
+) -> float:
+    """Mean cross-entropy in nats per token, dropout off, summed in double precision; the model's mode is as before afterwards.
+
+    Args:
+        model: called as model(x, y) -> (logits, loss), loss the mean over the batch.
+        batches: pairs of (B, T) int64 tensors; B may differ.
+        device: where the model is.
+        dtype: torch.float32, or torch.bfloat16 for autocast.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for x, y in batches:
+        with autocast(device, dtype):
+            _, loss = model(x.to(device), y.to(device))
+        total += loss.item() * y.numel()
+        count += y.numel()
+    model.train(was_training)
+    return total / count
+
+
+def fit_bigram(tokens: np.ndarray, vocab_size: int) -> BigramModel:
+    """The baseline, counted on the first BIGRAM_TOKENS training tokens."""
+    return BigramModel().fit(tokens[:BIGRAM_TOKENS], vocab_size)
+
+
+def bigram_loss(bigram: BigramModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The baseline's mean loss in nats per token on the same batches that a model is evaluated on."""
+    pairs = list(batches)
+    return bigram.loss(torch.cat([x.flatten() for x, _ in pairs]), torch.cat([y.flatten() for _, y in pairs]))
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Nats per token as bits per byte of text, which compares across tokenizers."""
+    return loss / math.log(2) / bytes_per_token

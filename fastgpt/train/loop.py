@@ -1,0 +1,416 @@
+"""The training loop.
+
+A step: draw the batch of this step, forward and backward `grad_accum_steps` times, clip the gradient's norm, AdamW. At every evaluation
+the training and validation loss are measured on fixed text with dropout off, a line goes to metrics.jsonl, better weights go to
+model.safetensors, and a checkpoint is written.
+
+Everything a step depends on is a function of the step (batch, learning rate) or is in the checkpoint (weights, moments, random-number
+state, plan), so a resumed run repeats the uninterrupted one bit for bit on the CPU with the same number of threads.
+
+A time budget becomes a number of steps once: the first seconds are measured, the rest of the budget is divided by a step's
+time, and the result is stored as the run's plan. It is a plan, not a stopwatch: on a machine that slows down later, the run
+takes longer.
+
+The run stops early, and says why in plain words, when Ctrl-C comes (a checkpoint is written first), when the loss is no longer a finite
+number, and when the validation loss has not improved for `patience` evaluations.
+"""
+
+import math
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastgpt.data.loader import EvalBatches, Loader
+from fastgpt.errors import UserError
+from fastgpt.model import GPT, load_model, save_model
+from fastgpt.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, fit_bigram, mean_loss
+from fastgpt.train.files import explain_writing
+from fastgpt.train.metrics import Metrics, plot_losses
+from fastgpt.train.optimizer import build_optimizer
+from fastgpt.train.progress import Progress, duration
+from fastgpt.train.run import KEEP_CHECKPOINTS, Run, choose_device, write_summary
+from fastgpt.train.schedule import Schedule
+
+EVALUATIONS = 10  # in a run that leaves train.eval_interval open
+UNTIMED_STEPS = 3  # the first ones allocate memory and start threads
+MEASURED_SHARE = 0.05  # of a time budget, spent on measuring a step
+PLOT_INTERVAL_S = 5.0
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: "finished", "patience", "interrupted" or "diverged".
+        message: one line for the user.
+        state: the run's state.
+        signal: the number of the signal that interrupted it, else 0.
+    """
+
+    status: str
+    message: str
+    state: TrainState
+    signal: int = 0
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """torch.float32 or torch.bfloat16 for `train.dtype`; auto takes bfloat16 where the chip multiplies it in hardware."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public question for it in torch 2.11 to 2.13
+    return torch.bfloat16 if probe is not None and probe() else torch.float32
+
+
+class Trainer:
+    """Trains the model of a run.
+
+    Args:
+        run: a complete run folder, new or to be gone on with.
+        say: receives lines for the user before the bar is up.
+
+    Raises:
+        UserError: a damaged or foreign checkpoint, a device that is not there.
+
+    Example:
+        >>> outcome = Trainer(start_run(load_config(), Path("run"), print), print).fit()  # doctest: +SKIP
+    """
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        options = run.config.train
+        self.run, self.options, self.say = run, options, say
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(options.dtype, self.device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        torch.manual_seed(options.seed)
+        self.model = GPT(run.model_config()).to(self.device)
+        self.optimizer = build_optimizer(
+            self.model,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            betas=(options.beta1, options.beta2),
+        )
+        block_size = self.model.config.block_size
+        self.loader = Loader(
+            run.tokens.train, block_size, options.batch_size, options.seed, epochs=options.epochs is not None
+        )
+        self.eval_train = EvalBatches(
+            run.tokens.train, block_size, options.batch_size, options.eval_tokens, what="training"
+        )
+        self.eval_val = EvalBatches(run.tokens.val, block_size, options.batch_size, options.eval_tokens)
+        self.final_val = EvalBatches(run.tokens.val, block_size, options.batch_size, options.final_eval_tokens)
+        self.bigram = fit_bigram(run.tokens.train, run.tokenizer.n_vocab)
+        self.bigram_val_loss = bigram_loss(self.bigram, self.eval_val)
+        self.metrics = Metrics(run.folder / "metrics.jsonl")
+        self.state = TrainState(threads=torch.get_num_threads())
+        self.last_good = latest_checkpoint(run.folder)
+        if self.last_good is not None:
+            self._restore()
+        self.metrics.keep_until(self.state.step if self.last_good is not None else -1)
+        self._plan()
+        self._signal = 0
+        self._interval_tokens, self._interval_s, self._plotted = 0, 0.0, 0.0
+
+    def _restore(self) -> None:
+        threads = self.state.threads
+        self.state = load_checkpoint(self.last_good, self.model, self.optimizer)
+        self.say(f"resuming from {self.last_good}")
+        if self.state.threads != threads:
+            self.say(
+                f"note: this run used {self.state.threads} CPU threads and now has {threads}; "
+                "the losses will differ in the last bits"
+            )
+            self.state.threads = threads
+
+    @property
+    def description(self) -> str:
+        """One line: the model, the device, the number format."""
+        config, words = self.model.config, str(self.dtype).removeprefix("torch.")
+        threads = f" with {self.state.threads} threads" if self.device.type == "cpu" else ""
+        return (
+            f"model: {self.model.n_params() / 1e6:.2f} M parameters, {config.n_layer} layers, {config.n_head} heads, "
+            f"{config.n_embd} wide, block {config.block_size}; {words} on {self.device}{threads}"
+        )
+
+    # The plan: how many steps, how often to evaluate.
+
+    def _plan(self) -> None:
+        """Fix the length where it does not depend on a measurement."""
+        state, options = self.state, self.options
+        if options.max_steps is not None:
+            state.max_steps = options.max_steps
+        elif options.epochs is not None:
+            state.max_steps = math.ceil(options.epochs * self.loader.steps_per_epoch(options.grad_accum_steps))
+        if options.eval_interval is not None:
+            state.eval_interval = options.eval_interval
+        elif state.max_steps is not None and state.eval_interval is None:
+            state.eval_interval = math.ceil(state.max_steps / EVALUATIONS)
+
+    def _plan_from_budget(self, step_s: float, eval_s: float) -> None:
+        """Turn what is left of the time budget into steps, after some have been timed."""
+        state, budget = self.state, self.options.time_budget_s
+        left = budget - state.elapsed_s
+        interval = self.options.eval_interval
+        left -= EVALUATIONS * eval_s if interval is None else 0.0
+        steps = int(left / (step_s if interval is None else step_s + eval_s / interval))
+        state.max_steps = state.step + max(steps, 0)
+        if state.eval_interval is None:
+            state.eval_interval = max(math.ceil(state.max_steps / EVALUATIONS), 1)
+
+    def _schedule(self) -> Schedule:
+        options = self.options
+        floor = options.learning_rate / 10 if options.min_lr is None else options.min_lr
+        return Schedule(options.learning_rate, floor, options.warmup_steps, self.state.max_steps)
+
+    # One step, one evaluation.
+
+    def _step(self, learning_rate: float) -> float | None:
+        """One optimizer step; the loss, or None where the loss or the gradient is not finite (then nothing was updated)."""
+        options, accum = self.options, self.options.grad_accum_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=self.device)
+        for micro in range(accum):
+            x, y = self.loader.batch(self.state.step, micro, accum)
+            with autocast(self.device, self.dtype):
+                _, loss = self.model(x.to(self.device), y.to(self.device))
+            (loss / accum if accum > 1 else loss).backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip or math.inf)
+        value = total.item() / accum
+        finite = math.isfinite(value) and math.isfinite(norm.item())
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value if finite else None
+
+    def _evaluate(self, progress: Progress, learning_rate: float) -> bool:
+        """Measure, record, keep better weights; False where the validation loss is not finite."""
+        state = self.state
+        train_loss = mean_loss(self.model, self.eval_train, self.device, self.dtype)
+        val_loss = mean_loss(self.model, self.eval_val, self.device, self.dtype)
+        if not math.isfinite(val_loss):
+            return False
+        speed = self._interval_tokens / self._interval_s if self._interval_s else 0.0
+        self._interval_tokens, self._interval_s = 0, 0.0
+        better = state.best_loss is None or val_loss < state.best_loss
+        if better:
+            state.best_loss, state.best_step, state.train_loss_at_best = val_loss, state.step, train_loss
+            state.evals_without_better = 0
+            save_model(self.model, self.run.folder / "model.safetensors")
+        else:
+            state.evals_without_better += 1
+        self.metrics.append(
+            {
+                "step": state.step,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "bigram_val_loss": self.bigram_val_loss,
+                "val_bits_per_byte": bits_per_byte(val_loss, self.run.tokens.bytes_per_token("val")),
+                "tokens_per_s": round(speed, 1),
+                "lr": learning_rate,
+                "elapsed_s": round(state.elapsed_s, 3),
+            }
+        )
+        words = f"step {state.step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
+        words += f" (bigram {self.bigram_val_loss:.4f})"
+        progress.say(words + (f", {speed:,.0f} tokens/s" if speed else ""))
+        if not better:
+            self._warn_overfitting(progress, train_loss, val_loss)
+        return True
+
+    def _warn_overfitting(self, progress: Progress, train_loss: float, val_loss: float) -> None:
+        """Say once, in plain words, that the two losses part ways."""
+        state = self.state
+        apart = state.train_loss_at_best is not None and train_loss < state.train_loss_at_best
+        if state.evals_without_better < 2 or not apart or state.warned_overfitting:
+            return
+        state.warned_overfitting = True
+        progress.say(
+            f"training and validation part ways: since step {state.best_step:,} the training loss fell from "
+            f"{state.train_loss_at_best:.4f} to {train_loss:.4f} while the validation loss went from {state.best_loss:.4f} to "
+            f"{val_loss:.4f}. The model is learning its training text by heart; more text, a smaller model or more dropout would help. "
+            f"The weights of step {state.best_step:,} are kept."
+        )
+
+    def _save(self) -> None:
+        if self.last_good is not None and self.last_good.name == f"step-{self.state.step:06d}":
+            return
+        self.last_good = save_checkpoint(self.run.folder, self.model, self.optimizer, self.state, keep=KEEP_CHECKPOINTS)
+
+    def _plot(self) -> None:
+        config = self.model.config
+        title = (
+            f"{self.run.folder.name}: {self.model.n_params() / 1e6:.2f} M parameters, vocabulary {config.vocab_size:,}"
+        )
+        plot_losses(self.metrics.lines, self.run.folder / "loss.png", title)
+        self._plotted = time.monotonic()
+
+    # The whole.
+
+    def fit(self) -> Outcome:
+        """Train until the run's length is reached or something stops it.
+
+        Raises:
+            UserError: a file of the run cannot be written; the message names the last good checkpoint.
+        """
+        state, options = self.state, self.options
+        if state.max_steps is not None and state.step >= state.max_steps:
+            self.say(f"the run is finished: step {state.step:,} of {state.max_steps:,}; --train.max_steps N goes on")
+            return Outcome("finished", "", state)
+        if options.patience and state.evals_without_better >= options.patience:
+            return self._out_of_patience()
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(options.matmul_precision)
+        progress = Progress(state.step, state.max_steps)
+        try:
+            with (
+                self._signals(),
+                explain_writing(self.run.folder, "see --resume for going on from the last checkpoint"),
+            ):
+                return self._loop(progress)
+        except UserError as error:
+            if self.last_good is None:
+                raise
+            raise UserError(f"{error}; last good checkpoint: {self.last_good}") from error
+        finally:
+            progress.close()
+            torch.set_float32_matmul_precision(precision)
+
+    def _loop(self, progress: Progress) -> Outcome:
+        state, options = self.state, self.options
+        batch_tokens = options.batch_size * options.grad_accum_steps * self.loader.block_size
+        schedule = self._schedule()
+        self.model.train()
+        steps_timed, timed_s, eval_s = 0, 0.0, 0.0
+        begun, before = time.monotonic(), state.elapsed_s
+        if state.step == 0:
+            if not self._evaluate(progress, schedule.at(0)):
+                return self._diverged(schedule)
+            self._save()
+            eval_s = time.monotonic() - begun
+        while state.max_steps is None or state.step < state.max_steps:
+            started = time.monotonic()
+            loss = self._step(schedule.at(state.step))
+            if loss is None:
+                return self._diverged(schedule)
+            state.step += 1
+            now = time.monotonic()
+            state.elapsed_s = before + now - begun
+            self._interval_tokens += batch_tokens
+            self._interval_s += now - started
+            progress.update(state.step, loss, self._interval_tokens / self._interval_s)
+
+            if state.max_steps is None:
+                steps_timed += 1
+                timed_s += now - started if steps_timed > UNTIMED_STEPS else 0.0
+                if (steps_timed > UNTIMED_STEPS + 4 and timed_s >= MEASURED_SHARE * options.time_budget_s) or (
+                    state.elapsed_s >= options.time_budget_s
+                ):
+                    self._plan_from_budget(timed_s / max(steps_timed - UNTIMED_STEPS, 1), eval_s)
+                    schedule = self._schedule()
+                    progress.set_max_steps(state.max_steps)
+                    progress.say(
+                        f"plan: {state.max_steps:,} steps in {duration(options.time_budget_s)}, "
+                        f"an evaluation every {state.eval_interval:,}"
+                    )
+            last = state.max_steps is not None and state.step >= state.max_steps
+            evaluated = last or (state.eval_interval is not None and state.step % state.eval_interval == 0)
+            if evaluated and not self._evaluate(progress, schedule.at(state.step)):
+                return self._diverged(schedule)
+            state.elapsed_s = before + time.monotonic() - begun
+            every = options.checkpoint_interval
+            if last or (evaluated if every is None else state.step % every == 0):
+                self._save()
+            if evaluated and (last or time.monotonic() - self._plotted > PLOT_INTERVAL_S):
+                self._plot()
+            if evaluated and options.patience and state.evals_without_better >= options.patience and not last:
+                return self._out_of_patience()
+            if self._signal and not last:
+                return self._interrupted()
+        return Outcome("finished", f"finished after {state.step:,} steps in {duration(state.elapsed_s)}", state)
+
+    def _interrupted(self) -> Outcome:
+        self._save()
+        self._plot()
+        command = f"fastgpt train --resume {shlex.quote(str(self.run.folder))}"
+        message = f"stopped after step {self.state.step:,}; a checkpoint is written. To go on: {command}"
+        return Outcome("interrupted", message, self.state, self._signal)
+
+    def _out_of_patience(self) -> Outcome:
+        state = self.state
+        self._save()
+        self._plot()
+        message = (
+            f"stopped at step {state.step:,}: the validation loss has not improved for {state.evals_without_better} evaluations "
+            f"(best {state.best_loss:.4f} at step {state.best_step:,}, whose weights are kept); train.patience decides how many"
+        )
+        return Outcome("patience", message, state)
+
+    def _diverged(self, schedule: Schedule) -> Outcome:
+        step = self.state.step + 1
+        good = (
+            f"the last good checkpoint is {self.last_good}"
+            if self.last_good is not None
+            else "there is no checkpoint yet"
+        )
+        message = (
+            f"the loss is no longer a finite number at step {step:,} (learning rate {schedule.at(self.state.step):.3g}); {good}. "
+            "A lower train.learning_rate or a longer train.warmup_steps usually helps"
+        )
+        return Outcome("diverged", message, self.state)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: Any) -> None:
+            if self._signal:
+                raise KeyboardInterrupt
+            self._signal = number
+
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best weights and the baseline on the same validation tokens, and write summary.json with what it returns."""
+        best = load_model(self.run.folder / "model.safetensors").to(self.device)
+        val_loss = mean_loss(best, self.final_val, self.device, self.dtype)
+        bigram = bigram_loss(self.bigram, self.final_val)
+        speeds = [line["tokens_per_s"] for line in self.metrics.lines if line["tokens_per_s"]]
+        bytes_per_token = self.run.tokens.bytes_per_token("val")
+        summary = {
+            "steps": self.state.step,
+            "best_step": self.state.best_step,
+            "val_loss": val_loss,
+            "bigram_val_loss": bigram,
+            "val_bits_per_byte": bits_per_byte(val_loss, bytes_per_token),
+            "bigram_val_bits_per_byte": bits_per_byte(bigram, bytes_per_token),
+            "val_tokens": self.final_val.n_tokens,
+            "n_params": self.model.n_params(),
+            "tokens_per_s": sum(speeds) / len(speeds) if speeds else 0.0,
+            "elapsed_s": round(self.state.elapsed_s, 3),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": self.state.threads,
+        }
+        write_summary(self.run.folder, summary)
+        return summary
