@@ -26,7 +26,7 @@ LINK_FLAGS = "-shared -pthread -Wl,-z,relro,-z,now"
 # module -> (folders of sources, extra compile flags, extra link flags)
 MODULES = {
     "fastgpt._bpe": (["csrc/bpe", "csrc/python/bpe.cpp"], "", ""),
-    "fastgpt._cpu": (["csrc/cpu", "csrc/python/cpu.cpp"], "-fopenmp", "-fopenmp"),
+    "fastgpt._cpu": (["csrc/cpu", "csrc/python/cpu.cpp"], "-fopenmp -ffp-contract=off", "-fopenmp"),
 }
 
 

@@ -1,4 +1,19 @@
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import torch  # noqa: F401  before _cpu, so that both share one OpenMP
+
+from fastgpt import _cpu
+
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers: paths.py, parity.py
+
+
+@pytest.fixture(params=_cpu.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test once for each instruction set of this machine."""
+    before = _cpu.isa().removesuffix("bf16")
+    _cpu.select_isa(request.param)
+    yield request.param
+    _cpu.select_isa(before)

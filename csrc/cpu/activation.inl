@@ -42,17 +42,19 @@ struct GELUTanh {
   }
   static INLINE Vec backward(Vec dy, Vec x) {
     Vec square = x * x;
-    Vec s = sigmoid(kTwice * x * fma(splat(kCubic), square, splat(1.0f)));
+    Vec e = exp(min(splat(88.0f), -(kTwice * x * fma(splat(kCubic), square, splat(1.0f)))));
+    Vec s = 1.0f / (1.0f + e);
     Vec slope = kTwice * fma(splat(3.0f * kCubic), square, splat(1.0f));  // d(2u)/dx
-    return dy * s * fma(x * (1.0f - s), slope, splat(1.0f));
+    return dy * s * fma(x * (e * s), slope, splat(1.0f));                 // e s is 1 - s without its cancellation
   }
 };
 
 struct SiLU {
   static INLINE Vec forward(Vec x) { return x / (1.0f + exp(-x)); }
   static INLINE Vec backward(Vec dy, Vec x) {
-    Vec s = sigmoid(x);
-    return dy * s * fma(x, 1.0f - s, splat(1.0f));
+    Vec e = exp(min(splat(88.0f), -x));
+    Vec s = 1.0f / (1.0f + e);
+    return dy * s * fma(x, e * s, splat(1.0f));  // e s is 1 - s without its cancellation
   }
 };
 

@@ -21,8 +21,12 @@ INLINE void cross_entropy_row(const T* x, int64_t classes, float* lse, float* me
     total = total + load_n(x + j, rest);
   }
   const float m = max(most);
-  Vec exponentials = {};
-  for (j = 0; j + kLanes <= classes; j += kLanes) exponentials = exponentials + exp(load(x + j) - m);
+  Vec parts[4] = {};  // four sums: shorter chains for the adder, and less rounding over a vocabulary
+  for (j = 0; j + 4 * kLanes <= classes; j += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) parts[i] = parts[i] + exp(load(x + j + i * kLanes) - m);
+  }
+  Vec exponentials = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  for (; j + kLanes <= classes; j += kLanes) exponentials = exponentials + exp(load(x + j) - m);
   float tail = 0.0f;
   if (rest > 0) {
     float lanes[kLanes];

@@ -118,7 +118,14 @@ INLINE void store_n(BFloat16* p, Vec v, int n) {
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
-INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted where the target has FMA
+// Contraction is off (-ffp-contract=off), so that a loop gives the same bits wherever the compiler puts it.
+#if FASTGPT_LANES == 16
+INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif FASTGPT_LANES == 8
+INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
 
 INLINE Vec abs(Vec a) { return bit_cast<Vec>(bit_cast<VecUInt>(a) & 0x7fffffffu); }
 

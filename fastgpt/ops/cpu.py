@@ -7,7 +7,7 @@ one pool of threads and `torch.set_num_threads` rules both.
 import torch
 from torch import Tensor
 
-from fastgpt import _cpu as kernels
+import fastgpt._cpu as kernels
 from fastgpt.ops.backend import NotCovered
 
 __all__ = ["address", "dtype_code", "kernels", "threads"]

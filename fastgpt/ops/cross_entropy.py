@@ -32,8 +32,8 @@ def _cpu(
     )  # fmt: skip
     if reduction == "none":
         return losses, lse
-    total = losses.sum()
-    return (total.div_(counted) if reduction == "mean" else total), lse
+    total = losses.sum(dtype=torch.float64)
+    return (total / counted if reduction == "mean" else total).float(), lse
 
 
 def _cpu_backward(
