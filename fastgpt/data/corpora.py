@@ -133,7 +133,15 @@ def _split_text(name: str, description: str, text: str, val_fraction: float, not
 def _split_files(
     name: str, description: str, files: list[tuple[str, str]], val_fraction: float, notes: list[str]
 ) -> Corpus:
-    """Whole files held out where there are enough of them, one cut through all text otherwise."""
+    """Whole files held out where there are enough of them, one cut through all text otherwise.
+
+    Of identical files the first is taken: a copy in the other part would be validation text that was trained on.
+    """
+    first_of = {text: path for path, text in reversed(files)}
+    distinct = [(path, text) for path, text in files if first_of[text] == path]
+    if len(distinct) < len(files):
+        notes = [*notes, f"{len(files) - len(distinct)} files left out as copies of others"]
+    files = distinct
     train = [text for path, text in files if not held_out(path, val_fraction)]
     val = [text for path, text in files if held_out(path, val_fraction)]
     if len(files) < HOLD_OUT_FILES or not train or not val:

@@ -163,8 +163,8 @@ class Trainer:
         left = budget - state.elapsed_s
         interval = self.options.eval_interval
         left -= EVALUATIONS * eval_s if interval is None else 0.0
-        steps = int(left / (step_s if interval is None else step_s + eval_s / interval))
-        state.max_steps = state.step + max(steps, 0)
+        per_step = step_s if interval is None else step_s + eval_s / interval
+        state.max_steps = state.step + (int(left / per_step) if left > 0 else 0)
         if state.eval_interval is None:
             state.eval_interval = max(math.ceil(state.max_steps / EVALUATIONS), 1)
 
