@@ -214,9 +214,10 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
         key, _, parameter = name.partition(".")
         loaded.setdefault(parameter, {})[key] = tensor
     for name, parameter in model.named_parameters():
-        values = loaded.get(name)
-        if values is None and parameter.requires_grad and state.step > 0:
-            raise _damaged(folder, f"training.safetensors has no moments for {name}")
+        values = loaded.get(name, {})
+        missing = {"step", "exp_avg", "exp_avg_sq"} - set(values)
+        if missing and parameter.requires_grad and state.step > 0:
+            raise _damaged(folder, f"training.safetensors has no {min(missing)} for {name}")
         if values:
             # AdamW's fused form wants its step count on the parameter's device.
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
