@@ -214,10 +214,11 @@ def info(arguments: Sequence[str]) -> int:
     parser = _parser(
         "info", "Print versions, the chip, its instruction sets, and which engine each op will use, and why."
     )
-    parser.parse(arguments)
+    parser.add_argument("--json", action="store_true", help="print JSON (default: text)")
+    given = parser.parse(arguments)
     from fastgpt.info import main as run_info
 
-    return run_info() or 0
+    return run_info(["--json"] if given.json else [])
 
 
 def bench(arguments: Sequence[str]) -> int:
