@@ -5,7 +5,8 @@ schema, a fake implementation, an autograd rule and one implementation an engine
 
     public function -> torch.ops.fastgpt.<op> -> the first engine of the device that covers the input
 
-Engines in order: on CPU tensors `cpu` (C++ SIMD), then `reference` (the formula in torch); on every other device `reference`.
+Engines in order: on CPU tensors `cpu` (C++ SIMD), then `reference` (the formula in torch); on CUDA tensors `triton`, then `reference`;
+on every other device `reference`. `triton` runs on CPU tensors too, where it is forced and TRITON_INTERPRET=1 is set.
 `FASTGPT_BACKEND=<engine>`, `set_backend` or the context `use_backend` force one: an engine that is forced and not there, or that does
 not cover the input, raises. Without force an input that an engine does not cover goes to the next one, and this is logged once.
 """
@@ -23,8 +24,8 @@ import torch
 
 logger = logging.getLogger("fastgpt")
 
-ENGINES = ("cpu", "reference")
-_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+ENGINES = ("triton", "cpu", "reference")
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _ORDER_ELSEWHERE: tuple[str, ...] = ("reference",)
 _KEYS = ("CPU", "CUDA", "XPU", "MPS")
 
@@ -51,6 +52,10 @@ def unavailable(engine: str) -> str | None:
             importlib.import_module("fastgpt.ops.cpu")
         except (ImportError, ValueError) as error:
             return f"the extension fastgpt._cpu does not load: {error}"
+    if engine == "triton":
+        from fastgpt.ops import triton
+
+        return triton.unavailable()
     return None
 
 
@@ -209,4 +214,5 @@ def _autocast(op: torch._ops.OpOverload, key: str, *args: Any) -> Any:
 
 def start() -> None:
     """Apply FASTGPT_BACKEND; called once when fastgpt.ops has registered its ops."""
+    importlib.import_module("fastgpt.ops.triton")  # registers the engine; triton itself is imported at its first use
     set_backend(os.environ.get("FASTGPT_BACKEND"))

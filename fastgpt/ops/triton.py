@@ -1,0 +1,60 @@
+"""The engine `triton`: registers the kernels of fastgpt.kernels as implementations of the ops, and says what they cover.
+
+Covered are float32, float16 and bfloat16 on CUDA devices of compute capability 8.0 and newer, and on the CPU in Triton's interpreter
+(TRITON_INTERPRET=1 before the first import of triton), which is for tests. Everything else raises NotCovered, and the formula takes it.
+Importing this module does not import triton; the first use of the engine does.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops.backend import NotCovered, implement
+
+MIN_CAPABILITY = (8, 0)
+
+
+def unavailable() -> str | None:
+    """Why the engine cannot run in this process, or None where it can."""
+    try:
+        launch = importlib.import_module("fastgpt.kernels.launch")
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    if launch.INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < MIN_CAPABILITY:
+        return f"the device's compute capability is {capability}, needed is {MIN_CAPABILITY} or newer"
+    return None
+
+
+def _run(module: str, function: str, tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
+    """Call fastgpt.kernels.<module>.<function> on the tensors' device; NotCovered for dtypes and devices that it does not take."""
+    kernels = importlib.import_module(f"fastgpt.kernels.{module}")
+    launch = importlib.import_module("fastgpt.kernels.launch")
+    device = next(x.device for x in tensors if x is not None)
+    if device.type != ("cpu" if launch.INTERPRETED else "cuda"):
+        raise NotCovered(f"a tensor on {device.type}")
+    for x in tensors:
+        if x is not None and x.is_floating_point() and x.dtype not in launch.DTYPES:
+            raise NotCovered(f"dtype {x.dtype}; covered are float32, float16 and bfloat16")
+        if x is not None and x.device != device:
+            raise NotCovered(f"tensors on {device} and {x.device}")
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return getattr(kernels, function)(*args)
+    with torch.cuda.device(device):  # a kernel is launched on the current device
+        return getattr(kernels, function)(*args)
+
+
+@implement("softmax", "triton")
+def _softmax(x: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    return _run("softmax", "softmax", (x, mask), x, mask, scale, is_causal)
+
+
+@implement("softmax_backward", "triton")
+def _softmax_backward(grad: Tensor, y: Tensor, scale: float) -> Tensor:
+    return _run("softmax", "softmax_backward", (grad, y), grad, y, scale)

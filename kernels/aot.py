@@ -1,0 +1,158 @@
+"""Ahead-of-time compile of every kernel, with what it costs: registers, spills, shared memory. No GPU is needed.
+
+    python -m fastgpt.kernels.aot                    every kernel for sm_80, sm_90 and sm_100
+    python -m fastgpt.kernels.aot --arch 90 softmax  the kernels of one op for one architecture
+
+The launchers themselves run, on meta tensors of real sizes, with a driver that compiles and never launches; so what is compiled
+is what a user's call compiles: tile sizes, warps, stages, alignment. ptxas then reports on each. The exit code is 1 where a kernel
+spills registers to memory or does not compile. It says nothing about speed or results; the tests compare results in Triton's
+interpreter.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastgpt.kernels import launch, softmax
+
+ARCHITECTURES = (80, 90, 100)
+HALF, FULL = torch.bfloat16, torch.float32
+NAMES = {HALF: "bf16", FULL: "fp32"}
+
+
+def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def softmax_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype, cols in itertools.product((HALF, FULL), (65, 1024, 4096, 16384, 50304)):
+        x, mask = meta(8, 12, 64, cols, dtype=dtype), meta(8, 1, 1, cols, dtype=FULL)
+        for name, bias, is_causal in (("", None, False), (" causal", None, True), (" mask causal", mask, True)):
+            yield f"{NAMES[dtype]} {cols}{name}", lambda x=x, b=bias, c=is_causal: softmax.softmax(x, b, 0.125, c)
+        yield f"{NAMES[dtype]} {cols} backward", lambda x=x: softmax.softmax_backward(x, x, 0.125)
+
+
+CALLS: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {"softmax": softmax_calls}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one compiled kernel uses."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    warps: int
+
+
+class CompileOnlyDriver:
+    """Stands where Triton's driver of a GPU would: names the target, launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_call(call: Callable[[], Any]) -> list[tuple[str, Any]]:
+    """Run a launcher and compile the kernels it would launch: their names and Triton's compiled kernels."""
+    compiled: list[tuple[str, Any]] = []
+    launch_kernel = JITFunction.run
+
+    def compile_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = launch_kernel(self, *args, **kwargs | {"warmup": True})
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_kernel
+    try:
+        call()
+    finally:
+        JITFunction.run = launch_kernel
+    return compiled
+
+
+def ptxas(arch: int) -> str:
+    """The assembler that Triton itself uses for an architecture."""
+    knob = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
+    return str(knob.path)
+
+
+def report(kernel: Any, arch: int) -> Report:
+    """Registers and spills as ptxas counts them for the kernel's PTX, shared memory and warps as Triton asks for them."""
+    ptx = kernel.asm["ptx"]
+    found = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    target = found.group(1) if found else f"sm_{arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [ptxas(arch), "-v", f"--gpu-name={target}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.findall(r"Used (\d+) registers", log)
+    stores = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not registers or not stores:
+        raise RuntimeError(f"ptxas reported no registers or no spills:\n{log}")
+    spilled = max(int(number) for pair in stores for number in pair)
+    return Report(max(map(int, registers)), spilled, kernel.metadata.shared, kernel.metadata.num_warps)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print one line a kernel, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.kernels.aot", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"ops to compile: {', '.join(CALLS)} (default: all)")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="80, 90 or 100 (default: all)")
+    options = parser.parse_args(arguments)
+    if unknown := [op for op in options.ops if op not in CALLS]:
+        parser.error(f"op is {unknown[0]!r}, expected one of {', '.join(CALLS)}")
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set; the compiler needs a process without it")
+
+    failures = total = 0
+    for arch in options.arch or ARCHITECTURES:
+        driver.set_active(CompileOnlyDriver(arch))
+        launch.assumed_architecture = arch
+        seen: set[str] = set()
+        for op in options.ops or CALLS:
+            for what, call in CALLS[op]():
+                for name, kernel in compile_call(call):
+                    if kernel.hash in seen:
+                        continue
+                    seen.add(kernel.hash)
+                    total += 1
+                    used = report(kernel, arch)
+                    failures += used.spilled_bytes > 0
+                    print(
+                        f"sm_{arch:<4} {name:28} {what:28} {used.warps:2} warps {used.registers:4} registers"
+                        f" {used.spilled_bytes:5} B spilled {used.shared_bytes:7} B shared{'   SPILLS' * (used.spilled_bytes > 0)}",
+                        flush=True,
+                    )
+    print(f"{total} kernels compiled, {failures} spill")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
