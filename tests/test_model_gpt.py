@@ -57,7 +57,7 @@ class ReferenceGPT(torch.nn.Module):
 
 def their_name(name: str) -> str:
     """The reference's name of one of GPT's weights."""
-    for ours, theirs in (("attn.c_proj", "attn_proj"), ("mlp.c_proj", "mlp_proj"), ("attn.", ""), ("mlp.", "")):
+    for ours, theirs in (("attn.c_proj", "attn_proj"), ("mlp.c_proj", "mlp_proj"), (".attn.", "."), (".mlp.", ".")):
         name = name.replace(ours, theirs)
     return name
 

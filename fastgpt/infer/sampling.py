@@ -64,18 +64,21 @@ def candidates(
         )
     if temperature == 0:
         return torch.ones_like(largest), greedy
-    limit_k = top_k is not None and 0 < top_k < vocab_size
-    limit_p = top_p is not None and top_p < 1
-    scaled = (logits - largest) / temperature  # at most 0, so that a small temperature cannot overflow
-    if limit_k or limit_p:
-        scaled, ids = scaled.topk(top_k) if limit_k and top_k is not None else scaled.sort(dim=-1, descending=True)
+    k = top_k if top_k is not None and 0 < top_k < vocab_size else None
+    p = top_p if top_p is not None and top_p < 1 else None
+    # At most 0, so that a small temperature cannot overflow; within fp32's range, so that 0 / 0 and inf / inf cannot arise.
+    scaled = (logits - largest) / min(max(temperature, 1e-37), 1e37)
+    if k is not None:
+        scaled, ids = scaled.topk(k)
+    elif p is not None:
+        scaled, ids = scaled.sort(dim=-1, descending=True)
     else:
         ids = torch.arange(vocab_size, device=logits.device).expand_as(logits)
     probabilities = scaled.softmax(dim=-1)  # (B, K)
-    if limit_p:
+    if p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities  # what the tokens ahead of each one hold
         # The first is kept in any case: a cumulative sum minus its own term need not be exactly 0.
-        excluded = before >= top_p
+        excluded = before >= p
         excluded[:, 0] = False
         probabilities = probabilities.masked_fill(excluded, 0.0)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)

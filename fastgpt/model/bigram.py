@@ -51,10 +51,10 @@ class _Counts:
 
 
 def _probabilities(
-    pair_counts: NDArray[np.int64],
-    row_counts: NDArray[np.int64],
-    row_kinds: NDArray[np.int64],
-    unigram: NDArray[np.float64],
+    pair_counts: NDArray[np.integer],
+    row_counts: NDArray[np.integer],
+    row_kinds: NDArray[np.integer],
+    unigram: NDArray[np.floating],
     strength: float,
     discount: float,
 ) -> NDArray[np.float64]:
@@ -114,11 +114,12 @@ class BigramModel:
         split = len(ids) - int(len(ids) * HELD_OUT)
         counts, held_out = _Counts(ids[:split], vocab_size), ids[split - 1 :]
         first, second = held_out[:-1], held_out[1:]
-        terms = counts.look_up(first, second), counts.row_counts[first], counts.row_kinds[first], counts.unigram[second]
+        pairs, rows = counts.look_up(first, second), counts.row_counts[first]
+        kinds, unigram = counts.row_kinds[first], counts.unigram[second]
         choices = [choice for choice in itertools.product(STRENGTHS, DISCOUNTS) if choice != (0.0, 0.0)]
 
         def held_out_loss(choice: tuple[float, float]) -> float:
-            return -float(np.log(_probabilities(*terms, *choice)).mean())
+            return -float(np.log(_probabilities(pairs, rows, kinds, unigram, *choice)).mean())
 
         self.strength, self.discount = min(choices, key=held_out_loss)
         self._fitted = _Counts(ids, vocab_size)
