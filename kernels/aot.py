@@ -28,10 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import launch, softmax
+from fastgpt.kernels import activation, launch, softmax
 
 ARCHITECTURES = (80, 90, 100)
 HALF, FULL = torch.bfloat16, torch.float32
+Calls = Iterator[tuple[str, Callable[[], Any]]]  # (what is called, the call)
 NAMES = {HALF: "bf16", FULL: "fp32"}
 
 
@@ -40,7 +41,7 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def softmax_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+def softmax_calls() -> Calls:
     for dtype, cols in itertools.product((HALF, FULL), (65, 1024, 4096, 16384, 50304)):
         x, mask = meta(8, 12, 64, cols, dtype=dtype), meta(8, 1, 1, cols, dtype=FULL)
         for name, bias, is_causal in (("", None, False), (" causal", None, True), (" mask causal", mask, True)):
@@ -48,7 +49,14 @@ def softmax_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{NAMES[dtype]} {cols} backward", lambda x=x: softmax.softmax_backward(x, x, 0.125)
 
 
-CALLS: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {"softmax": softmax_calls}
+def activation_calls() -> Calls:
+    for dtype, kind in itertools.product((HALF, FULL), activation.KINDS):
+        x = meta(64, 1024, 3072, dtype=dtype)
+        yield f"{NAMES[dtype]} {kind}", lambda x=x, kind=kind: activation.activation(kind, x)
+        yield f"{NAMES[dtype]} {kind} backward", lambda x=x, kind=kind: activation.activation_backward(kind, x, x)
+
+
+CALLS: dict[str, Callable[[], Calls]] = {"activation": activation_calls, "softmax": softmax_calls}
 
 
 @dataclasses.dataclass(frozen=True)

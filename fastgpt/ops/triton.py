@@ -58,3 +58,22 @@ def _softmax(x: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> T
 @implement("softmax_backward", "triton")
 def _softmax_backward(grad: Tensor, y: Tensor, scale: float) -> Tensor:
     return _run("softmax", "softmax_backward", (grad, y), grad, y, scale)
+
+
+def _activation(name: str) -> None:
+    """Register an activation and its gradient; gelu's further argument chooses between two kinds."""
+
+    def kind(options: tuple[str, ...]) -> str:
+        return "gelu_tanh" if options == ("tanh",) else name
+
+    @implement(name, "triton")
+    def forward(x: Tensor, *options: str) -> Tensor:
+        return _run("activation", "activation", (x,), kind(options), x)
+
+    @implement(f"{name}_backward", "triton")
+    def backward(grad: Tensor, saved: Tensor, *options: str) -> Tensor:
+        return _run("activation", "activation_backward", (grad, saved), kind(options), grad, saved)
+
+
+for _name in ("relu", "sigmoid", "tanh", "silu", "gelu"):
+    _activation(_name)
