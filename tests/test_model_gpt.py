@@ -93,12 +93,16 @@ def test_parity_with_nanogpt_in_plain_torch(autocast: bool, bias: bool) -> None:
     exact = run(copy.deepcopy(reference).double(), theirs, idx, targets)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours, torch_s = run(model, names, idx, targets), run(reference, theirs, idx, targets)
-    eps = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
+    # What fp32 itself cannot represent; and the loss is one number, a mean over 240 positions whose rounding errors have random signs,
+    # so that torch's own may be next to nothing by luck: it gets a standard error of that mean.
+    fp32_eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(torch.bfloat16).eps if autocast else fp32_eps
     for name, value in ours.items():
         want = exact[their_name(name)]
         size = want.norm()
         error, torch_error = (value - want).norm() / size, (torch_s[their_name(name)] - want).norm() / size
-        assert error <= 2 * torch_error + eps / 4, f"{name}: {error:.2e}, torch {torch_error:.2e}"
+        slack = max(fp32_eps, eps / 240**0.5) if name == "loss" else fp32_eps
+        assert error <= 2 * torch_error + slack, f"{name}: {error:.2e}, torch {torch_error:.2e}"
 
 
 def test_grouped_heads_are_a_model_whose_heads_were_copied() -> None:
