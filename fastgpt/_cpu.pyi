@@ -142,3 +142,20 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
+def grad_norm(grads: Sequence[int], sizes: Sequence[int], threads: int, /) -> float: ...
+def adamw(
+    params: Sequence[int],
+    grads: Sequence[int],
+    exp_avgs: Sequence[int],
+    exp_avg_sqs: Sequence[int],
+    sizes: Sequence[int],
+    weight_decays: Sequence[float],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float,
+    step: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -10,6 +10,7 @@ namespace {
 #include "cpu/parallel.inl"
 
 #include "cpu/activation.inl"
+#include "cpu/adamw.inl"
 #include "cpu/attention.inl"
 #include "cpu/cross_entropy.inl"
 #include "cpu/layer_norm.inl"
@@ -29,6 +30,8 @@ const Kernels kTable = {
     .cross_entropy_backward = cross_entropy_backward,
     .attention = attention,
     .attention_backward = attention_backward,
+    .grad_norm = grad_norm,
+    .adamw = adamw,
 };
 
 }  // namespace

@@ -108,6 +108,25 @@ struct AttentionBackwardArgs {
   bool causal;
 };
 
+struct AdamWTensor {
+  float* param;
+  const float* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  int64_t size;
+  double weight_decay;
+};
+
+struct AdamWArgs {
+  const AdamWTensor* tensors;
+  int64_t count;
+  double lr;
+  double beta1, beta2;
+  float eps;
+  float grad_scale;  // multiplies every gradient
+  int64_t step;      // 1 for the first
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // floats a vector
@@ -122,6 +141,8 @@ struct Kernels {
   void (*cross_entropy_backward)(const CrossEntropyBackwardArgs&, int threads);
   void (*attention)(const AttentionArgs&, int threads);
   void (*attention_backward)(const AttentionBackwardArgs&, int threads);
+  double (*grad_norm)(const float* const* grads, const int64_t* sizes, int64_t count, int threads);
+  void (*adamw)(const AdamWArgs&, int threads);
 };
 
 // The table of an instruction set, or nullptr where this build or this chip has none.

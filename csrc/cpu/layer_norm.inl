@@ -6,17 +6,6 @@
 //
 // The variance is that of the centred row, in a second pass over a row that is in L1 by then: no cancellation.
 
-// Lanes of x beyond `n` are zero; a full vector takes the short way.
-template <class T>
-INLINE Vec load_part(const T* p, int n) {
-  return n >= kLanes ? load(p) : load_n(p, n);
-}
-
-template <class T>
-INLINE void store_part(T* p, Vec v, int n) {
-  n >= kLanes ? store(p, v) : store_n(p, v, n);
-}
-
 template <class T, class P>
 INLINE void layer_norm_rows(const LayerNormArgs& a, int64_t begin, int64_t end) {
   const P* weight = static_cast<const P*>(a.weight);

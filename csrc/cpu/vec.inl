@@ -112,6 +112,19 @@ INLINE void store_n(BFloat16* p, Vec v, int n) {
   std::memcpy(p, &half, n * sizeof(BFloat16));
 }
 
+// ---- the next min(n, kLanes) elements of a row
+
+// Lanes beyond are zero; a full vector takes the short way.
+template <class T>
+INLINE Vec load_part(const T* p, int n) {
+  return n >= kLanes ? load(p) : load_n(p, n);
+}
+
+template <class T>
+INLINE void store_part(T* p, Vec v, int n) {
+  n >= kLanes ? store(p, v) : store_n(p, v, n);
+}
+
 // ---- arithmetic
 
 // NaN in b is kept, NaN in a is not: put the accumulator first where a NaN must be dropped, second where it must stay.

@@ -226,4 +226,31 @@ PYBIND11_MODULE(_cpu, m) {
         kernels().attention_backward(args, threads);
       },
       Release());
+
+  m.def("grad_norm", [](const std::vector<Address>& grads, const std::vector<int64_t>& sizes, int threads) {
+    if (grads.size() != sizes.size()) throw py::value_error("grads and sizes differ in length");
+    std::vector<const float*> pointers;
+    for (Address grad : grads) pointers.push_back(at<const float>(grad));
+    py::gil_scoped_release release;
+    return kernels().grad_norm(pointers.data(), sizes.data(), static_cast<int64_t>(sizes.size()), threads);
+  });
+
+  m.def("adamw", [](const std::vector<Address>& params, const std::vector<Address>& grads,
+                    const std::vector<Address>& exp_avgs, const std::vector<Address>& exp_avg_sqs,
+                    const std::vector<int64_t>& sizes, const std::vector<double>& weight_decays, double lr,
+                    double beta1, double beta2, float eps, float grad_scale, int64_t step, int threads) {
+    const size_t count = params.size();
+    if (grads.size() != count || exp_avgs.size() != count || exp_avg_sqs.size() != count || sizes.size() != count ||
+        weight_decays.size() != count) {
+      throw py::value_error("the lists differ in length");
+    }
+    std::vector<AdamWTensor> tensors;
+    for (size_t i = 0; i < count; ++i) {
+      tensors.push_back({at<float>(params[i]), at<const float>(grads[i]), at<float>(exp_avgs[i]),
+                         at<float>(exp_avg_sqs[i]), sizes[i], weight_decays[i]});
+    }
+    py::gil_scoped_release release;
+    AdamWArgs args{tensors.data(), static_cast<int64_t>(count), lr, beta1, beta2, eps, grad_scale, step};
+    kernels().adamw(args, threads);
+  });
 }

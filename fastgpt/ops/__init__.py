@@ -9,6 +9,7 @@ namespace `fastgpt` and patches nothing.
 
 from fastgpt.ops import backend
 from fastgpt.ops.activation import gelu, relu, sigmoid, silu, tanh
+from fastgpt.ops.adamw import adamw, grad_norm
 from fastgpt.ops.attention import attention
 from fastgpt.ops.backend import get_backend, set_backend, use_backend
 from fastgpt.ops.cross_entropy import cross_entropy
@@ -16,10 +17,12 @@ from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.softmax import softmax
 
 __all__ = [
+    "adamw",
     "attention",
     "cross_entropy",
     "gelu",
     "get_backend",
+    "grad_norm",
     "layer_norm",
     "relu",
     "set_backend",

@@ -127,7 +127,7 @@ def implement(op: str, engine: str) -> Callable[[Callable[..., Any]], Callable[.
 
 
 def _run(op: str, *args: Any, **kwargs: Any) -> Any:
-    """Call the first engine that covers the input; the device is the first argument's."""
+    """Call the first engine that covers the input; the device is that of the first argument (or of its first tensor)."""
     table = _implementations[op]
     if _forced is not None:
         if _forced not in table:
@@ -138,7 +138,8 @@ def _run(op: str, *args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError(
                 f"{op}: backend {_forced!r} is forced but does not cover this: {reason}"
             ) from None
-    for engine in _ORDER.get(args[0].device.type, _ORDER_ELSEWHERE):
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    for engine in _ORDER.get(first.device.type, _ORDER_ELSEWHERE):
         implementation = table.get(engine)
         if implementation is None or unavailable(engine):
             continue
@@ -163,7 +164,7 @@ def define(
     """Register one op and return it, ready to call.
 
     Args:
-        schema: "name(Tensor x, ...) -> Tensor" in torch's schema language; the first argument is a tensor.
+        schema: "name(Tensor x, ...) -> Tensor" in torch's schema language; the first argument is a tensor or a list of them.
         fake: shapes and dtypes of the result, for torch.compile; takes and returns tensors without data.
         reference: the formula, on any device and dtype.
         cpu: the C++ SIMD engine's implementation; raises NotCovered for what it does not take.

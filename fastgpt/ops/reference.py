@@ -216,3 +216,33 @@ def cross_entropy_backward(
     safe = torch.where(counted, target, 0)
     p.scatter_add_(-1, safe[:, None], torch.full_like(p[:, :1], label_smoothing - 1))
     return (torch.where(counted[:, None], p, 0.0) * g[..., None]).to(logits.dtype)
+
+
+# ---- optimizer: AdamW, arXiv 1711.05101, algorithm 2
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, a float64 scalar on the CPU."""
+    return torch.stack([g.double().square().sum() for g in grads]).sum().sqrt().cpu()
+
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    weight_decays: list[float],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float,
+    step: int,
+) -> None:
+    """One update of all parameters and both moments in place; `step` is 1 for the first."""
+    for p, grad, m, v, decay in zip(params, grads, exp_avgs, exp_avg_sqs, weight_decays, strict=True):
+        g = grad * grad_scale
+        p.mul_(1 - lr * decay)
+        m.add_((g - m) * (1 - beta1))
+        v.mul_(beta2).add_((1 - beta2) * g * g)
+        p.sub_(lr / (1 - beta1**step) * m / (v.sqrt() / math.sqrt(1 - beta2**step) + eps))

@@ -77,3 +77,20 @@ def _activation(name: str) -> None:
 
 for _name in ("relu", "sigmoid", "tanh", "silu", "gelu"):
     _activation(_name)
+
+
+@implement("layer_norm", "triton")
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[-1] == 0:
+        raise NotCovered("rows without columns")
+    return _run("layer_norm", "layer_norm", (x, weight, bias), x, weight, bias, eps)
+
+
+@implement("layer_norm_backward", "triton")
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs_params: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[-1] == 0:
+        raise NotCovered("rows without columns")
+    tensors = (grad, x, weight, mean, rstd)
+    return _run("layer_norm", "layer_norm_backward", tensors, *tensors, needs_params)
