@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         if arguments[0] not in COMMANDS:
-            parser.parse_args(arguments[:1]) if arguments[0].startswith("-") else None
+            parser.parse(arguments[:1]) if arguments[0].startswith("-") else None
             raise UserError(
                 f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; there are: {', '.join(COMMANDS)}"
             )

@@ -19,6 +19,7 @@ TINY = {
     "train.max_steps": "12",
     "train.eval_interval": "4",
     "train.eval_tokens": "128",
+    "train.patience": "0",
     "train.sample_tokens": "0",
     "train.device": "cpu",
     "train.dtype": "float32",

@@ -36,7 +36,7 @@ from fastgpt.train.files import explain_writing
 from fastgpt.train.metrics import Metrics, plot_losses
 from fastgpt.train.optimizer import build_optimizer
 from fastgpt.train.progress import Progress, duration
-from fastgpt.train.run import KEEP_CHECKPOINTS, Run, choose_device, write_summary
+from fastgpt.train.run import KEEP_CHECKPOINTS, Run, choose_device, write_config, write_summary
 from fastgpt.train.schedule import Schedule
 
 EVALUATIONS = 10  # in a run that leaves train.eval_interval open
@@ -117,6 +117,7 @@ class Trainer:
         self.last_good = latest_checkpoint(run.folder)
         if self.last_good is not None:
             self._restore()
+        write_config(run)
         self.metrics.keep_until(self.state.step if self.last_good is not None else -1)
         self._plan()
         self._signal = 0

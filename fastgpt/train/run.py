@@ -247,17 +247,23 @@ def open_run(folder: Path, layers: list[Mapping[str, Any]], overrides: Mapping[s
     try:
         tokenizer = load_tokenizer(folder / "tokenizer.json")
     except (OSError, ValueError) as error:
-        raise UserError(f"the run {folder} is damaged: {error}") from error
+        raise UserError(f"the run {folder} is damaged: tokenizer.json: {error}") from error
     tokens = open_tokens(folder / "data")
     if tokens.meta["vocab_size"] != tokenizer.n_vocab:
         raise UserError(
             f"the run {folder} is damaged: tokenizer.json has {tokenizer.n_vocab:,} tokens, "
             f"data/meta.json says {tokens.meta['vocab_size']:,}"
         )
-    if config != stored:
-        with explain_writing(path):
-            replace_text(path, config.to_yaml())
     return Run(folder, config, tokenizer, tokens)
+
+
+def write_config(run: Run) -> None:
+    """config.yaml, where a resume has changed something in it. Called once nothing can refuse the resume any more."""
+    path = run.folder / "config.yaml"
+    text = run.config.to_yaml()
+    if path.read_text(encoding="utf-8") != text:
+        with explain_writing(path):
+            replace_text(path, text)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
