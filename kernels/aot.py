@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import activation, launch, softmax
+from fastgpt.kernels import activation, launch, layer_norm, softmax
 
 ARCHITECTURES = (80, 90, 100)
 HALF, FULL = torch.bfloat16, torch.float32
@@ -56,7 +56,22 @@ def activation_calls() -> Calls:
         yield f"{NAMES[dtype]} {kind} backward", lambda x=x, kind=kind: activation.activation_backward(kind, x, x)
 
 
-CALLS: dict[str, Callable[[], Calls]] = {"activation": activation_calls, "softmax": softmax_calls}
+def layer_norm_calls() -> Calls:
+    for (dtype, params), cols in itertools.product(
+        ((HALF, HALF), (HALF, FULL), (FULL, FULL)), (96, 768, 4096, 8192, 12288)
+    ):
+        x, p, s = meta(8, 1024, cols, dtype=dtype), meta(cols, dtype=params), meta(8, 1024, dtype=FULL)
+        what = f"{NAMES[dtype]} {NAMES[params]} {cols}"
+        yield what, lambda x=x, p=p: layer_norm.layer_norm(x, p, p, 1e-5)
+        yield f"{what} plain", lambda x=x: layer_norm.layer_norm(x, None, None, 1e-5)
+        yield f"{what} backward", lambda x=x, p=p, s=s: layer_norm.layer_norm_backward(x, x, p, s, s, True)
+
+
+CALLS: dict[str, Callable[[], Calls]] = {
+    "activation": activation_calls,
+    "layer_norm": layer_norm_calls,
+    "softmax": softmax_calls,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,272 @@
+"""Layer normalisation over the last dimension, and its gradient (arXiv 1607.06450).
+
+    mean = sum x / N;   var = sum (x - mean)^2 / N;   rstd = 1 / sqrt(var + eps);   xhat = (x - mean) * rstd
+    y = xhat * weight + bias
+
+    g = dy * weight;   dx = rstd * (g - sum g / N - xhat * sum(g * xhat) / N)
+    dweight = sum over rows of dy * xhat;   dbias = sum over rows of dy
+
+Rows of up to 8192 columns stay in registers, read once; wider ones are read in steps. The variance is of the centred values, so a large
+mean does not cancel. In the backward each program walks through its own share of the rows and keeps their part of dweight and dbias; a
+second kernel adds the parts in a fixed order, so results are the same bits on every run (no atomics). Computed in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.launch import multiprocessors, tile, warps
+
+__all__ = ["layer_norm", "layer_norm_backward"]
+
+ONE_BLOCK = 8192  # columns that a program keeps in registers, with their two gradients in the backward
+WIDE_BLOCK = 4096  # columns a step beyond that
+PART_ROWS = 32  # partial sums added a step
+PART_COLS = 64  # columns of a program that adds partial sums
+WIDE_ROWS = 256  # rows of a program that sums the parameters' gradients of wide rows
+
+
+@triton.jit
+def _load(ptr, col, cols, HAS: tl.constexpr, DEFAULT: tl.constexpr):
+    """An optional parameter in fp32, DEFAULT where it is not there."""
+    return (
+        tl.load(ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+        if HAS
+        else tl.full(col.shape, DEFAULT, tl.float32)
+    )
+
+
+@triton.jit
+def layer_norm_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, n_rows, cols, eps,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M whole rows a program."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N)[None, :]
+    inside = (row < n_rows)[:, None] & (col < cols)
+    offsets = row[:, None] * cols + col
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    mean = tl.sum(x, axis=1) / cols
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / cols + eps)
+    y = centred * rstd[:, None] * _load(weight_ptr, col, cols, HAS_WEIGHT, 1.0)
+    y += _load(bias_ptr, col, cols, HAS_BIAS, 0.0)
+    tl.store(y_ptr + offsets, y, mask=inside)
+    tl.store(mean_ptr + row, mean, mask=row < n_rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < n_rows)
+
+
+@triton.jit
+def layer_norm_wide_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, cols, eps,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One row a program, BLOCK_N columns a step: the mean, then the variance, then the result."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * cols
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        sums += tl.load(x_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    mean = tl.sum(sums, axis=0) / cols
+
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        x = tl.load(x_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+        centred = tl.where(col < cols, x - mean, 0.0)
+        squares += centred * centred
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / cols + eps)
+
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        x = tl.load(x_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+        y = (x - mean) * rstd * _load(weight_ptr, col, cols, HAS_WEIGHT, 1.0)
+        y += _load(bias_ptr, col, cols, HAS_BIAS, 0.0)
+        tl.store(y_ptr + row * cols + col, y, mask=col < cols)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def layer_norm_bwd_kernel(
+    grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parts_ptr, n_rows, cols, rows_each,
+    HAS_WEIGHT: tl.constexpr, NEEDS_PARAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`rows_each` neighbouring rows a program, BLOCK_M a step; parts (programs, 2, cols) takes their share of dweight and dbias."""
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_N)[None, :]
+    weight = _load(weight_ptr, col, cols, HAS_WEIGHT, 1.0)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    stop = tl.minimum(program * rows_each + rows_each, n_rows)
+    for step in range(0, rows_each, BLOCK_M):
+        row = program * rows_each + step + tl.arange(0, BLOCK_M)
+        inside = (row < stop)[:, None] & (col < cols)
+        offsets = row[:, None] * cols + col
+        dy = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=row < stop, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < stop, other=0.0)
+        xhat = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
+        g = dy * weight
+        mean_g = tl.sum(g, axis=1) / cols
+        mean_gx = tl.sum(g * xhat, axis=1) / cols
+        dx = rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
+        tl.store(dx_ptr + offsets, dx, mask=inside)
+        if NEEDS_PARAMS:
+            dweight += dy * xhat
+            dbias += dy
+    if NEEDS_PARAMS:
+        part = parts_ptr + program * 2 * cols + tl.arange(0, BLOCK_N)
+        tl.store(part, tl.sum(dweight, axis=0), mask=tl.arange(0, BLOCK_N) < cols)
+        tl.store(part + cols, tl.sum(dbias, axis=0), mask=tl.arange(0, BLOCK_N) < cols)
+
+
+@triton.jit
+def layer_norm_wide_bwd_kernel(
+    grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, cols, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """dx of one row a program, BLOCK_N columns a step: the two sums, then the result."""
+    row = tl.program_id(0).to(tl.int64)
+    mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+    sum_g = tl.zeros((BLOCK_N,), tl.float32)
+    sum_gx = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        g *= _load(weight_ptr, col, cols, HAS_WEIGHT, 1.0)
+        sum_g += g
+        sum_gx += tl.where(col < cols, g * ((x - mean) * rstd), 0.0)
+    mean_g = tl.sum(sum_g, axis=0) / cols
+    mean_gx = tl.sum(sum_gx, axis=0) / cols
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        g *= _load(weight_ptr, col, cols, HAS_WEIGHT, 1.0)
+        dx = rstd * (g - mean_g - (x - mean) * rstd * mean_gx)
+        tl.store(dx_ptr + row * cols + col, dx, mask=col < cols)
+
+
+@triton.jit
+def layer_norm_wide_parts_kernel(
+    grad_ptr, x_ptr, mean_ptr, rstd_ptr, parts_ptr, n_rows, cols, rows_each, BLOCK_N: tl.constexpr
+):
+    """The share of dweight and dbias of `rows_each` rows in BLOCK_N columns a program, for rows that do not fit a block."""
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    for row in range(program * rows_each, tl.minimum(program * rows_each + rows_each, n_rows)):
+        dy = tl.load(grad_ptr + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        dweight += dy * ((x - tl.load(mean_ptr + row)) * tl.load(rstd_ptr + row))
+        dbias += dy
+    tl.store(parts_ptr + program * 2 * cols + col, dweight, mask=col < cols)
+    tl.store(parts_ptr + program * 2 * cols + cols + col, dbias, mask=col < cols)
+
+
+@triton.jit
+def layer_norm_sum_kernel(
+    parts_ptr, dweight_ptr, dbias_ptr, n_parts, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """dweight and dbias from parts (n_parts, 2, cols): BLOCK_N columns a program, BLOCK_M parts a step."""
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, n_parts, BLOCK_M):
+        part = start + tl.arange(0, BLOCK_M)[:, None]
+        inside = (part < n_parts) & (col < cols)
+        offsets = part.to(tl.int64) * 2 * cols + col
+        dweight += tl.load(parts_ptr + offsets, mask=inside, other=0.0)
+        dbias += tl.load(parts_ptr + offsets + cols, mask=inside, other=0.0)
+    tl.store(dweight_ptr + col, tl.sum(dweight, axis=0, keep_dims=True), mask=col < cols)
+    tl.store(dbias_ptr + col, tl.sum(dbias, axis=0, keep_dims=True), mask=col < cols)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's forward.
+
+    Args:
+        x: (..., cols) with at least one column, any strides (copied where not contiguous).
+        weight, bias: (cols), each of any covered dtype.
+
+    Returns:
+        y in x's shape and dtype, mean and rstd in x's shape less the last dimension and float32; all contiguous.
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    rows, cols = mean.numel(), x.shape[-1]
+    if rows == 0:
+        return y, mean, rstd
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if cols <= ONE_BLOCK:
+        block_m, block_n = tile(rows, cols)
+        layer_norm_fwd_kernel[(triton.cdiv(rows, block_m),)](
+            x, weight, bias, y, mean, rstd, rows, cols, eps, weight is not None, bias is not None, block_m, block_n,
+            num_warps=warps(block_m * block_n),
+        )  # fmt: skip
+    else:
+        layer_norm_wide_fwd_kernel[(rows,)](
+            x, weight, bias, y, mean, rstd, cols, eps, weight is not None, bias is not None, WIDE_BLOCK,
+            num_warps=warps(WIDE_BLOCK),
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs_params: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias from that of y.
+
+    Args:
+        grad, x: (..., cols), any strides, dtypes may differ.
+        weight: (cols) or None.
+        mean, rstd: the forward's, float32.
+        needs_params: whether dweight and dbias are asked for.
+
+    Returns:
+        dx in x's shape and dtype; dweight and dbias (cols) in weight's dtype, x's where there is no weight, empty where not asked for.
+    """
+    grad, x, mean, rstd = grad.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    rows, cols = mean.numel(), x.shape[-1]
+    dx = torch.empty_like(x)
+    dweight = x.new_zeros(cols if needs_params else 0, dtype=x.dtype if weight is None else weight.dtype)
+    dbias = torch.zeros_like(dweight)
+    if rows == 0:
+        return dx, dweight, dbias
+    if cols <= ONE_BLOCK:
+        block_m, block_n = tile(rows, cols)
+        # more programs hide more latency, and write more partial sums; short rows leave registers for four on a multiprocessor
+        programs = min((4 if block_n <= 2048 else 2) * multiprocessors(x), triton.cdiv(rows, block_m))
+        rows_each = triton.cdiv(triton.cdiv(rows, programs), block_m) * block_m
+        programs = triton.cdiv(rows, rows_each)
+        parts = x.new_empty((programs, 2, cols) if needs_params else 0, dtype=torch.float32)
+        layer_norm_bwd_kernel[(programs,)](
+            grad, x, weight, mean, rstd, dx, parts, rows, cols, rows_each, weight is not None, needs_params, block_m, block_n,
+            num_warps=warps(2 * block_m * block_n),
+        )  # fmt: skip
+    else:
+        layer_norm_wide_bwd_kernel[(rows,)](
+            grad, x, weight, mean, rstd, dx, cols, weight is not None, WIDE_BLOCK, num_warps=warps(WIDE_BLOCK)
+        )
+        programs = triton.cdiv(rows, WIDE_ROWS)
+        parts = x.new_empty((programs, 2, cols) if needs_params else 0, dtype=torch.float32)
+        if needs_params:
+            layer_norm_wide_parts_kernel[(programs, triton.cdiv(cols, 1024))](
+                grad, x, mean, rstd, parts, rows, cols, WIDE_ROWS, 1024, num_warps=4
+            )
+    if needs_params:
+        layer_norm_sum_kernel[(triton.cdiv(cols, PART_COLS),)](
+            parts, dweight, dbias, programs, cols, PART_ROWS, PART_COLS, num_warps=4
+        )
+    return dx, dweight, dbias
