@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import activation, launch, layer_norm, softmax
+from fastgpt.kernels import activation, cross_entropy, launch, layer_norm, softmax
 
 ARCHITECTURES = (80, 90, 100)
 HALF, FULL = torch.bfloat16, torch.float32
@@ -56,6 +56,17 @@ def activation_calls() -> Calls:
         yield f"{NAMES[dtype]} {kind} backward", lambda x=x, kind=kind: activation.activation_backward(kind, x, x)
 
 
+def cross_entropy_calls() -> Calls:
+    for dtype, classes, smoothing in itertools.product((HALF, FULL), (65, 50304), (0.0, 0.1)):
+        x, target, lse = meta(8192, classes, dtype=dtype), meta(8192, dtype=torch.int64), meta(8192, dtype=FULL)
+        what, options = f"{NAMES[dtype]} {classes} smoothing {smoothing}", (-100, "mean", smoothing)
+        yield what, lambda x=x, t=target, o=options: cross_entropy.cross_entropy(x, t, *o)
+        yield (
+            f"{what} backward",
+            lambda x=x, t=target, s=lse, o=options: cross_entropy.cross_entropy_backward(s.sum(), x, t, s, *o),
+        )
+
+
 def layer_norm_calls() -> Calls:
     for (dtype, params), cols in itertools.product(
         ((HALF, HALF), (HALF, FULL), (FULL, FULL)), (96, 768, 4096, 8192, 12288)
@@ -69,6 +80,7 @@ def layer_norm_calls() -> Calls:
 
 CALLS: dict[str, Callable[[], Calls]] = {
     "activation": activation_calls,
+    "cross_entropy": cross_entropy_calls,
     "layer_norm": layer_norm_calls,
     "softmax": softmax_calls,
 }
@@ -168,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
                     used = report(kernel, arch)
                     failures += used.spilled_bytes > 0
                     print(
-                        f"sm_{arch:<4} {name:28} {what:28} {used.warps:2} warps {used.registers:4} registers"
+                        f"sm_{arch:<4} {name:28} {what:36} {used.warps:2} warps {used.registers:4} registers"
                         f" {used.spilled_bytes:5} B spilled {used.shared_bytes:7} B shared{'   SPILLS' * (used.spilled_bytes > 0)}",
                         flush=True,
                     )

@@ -94,3 +94,23 @@ def _layer_norm_backward(
         raise NotCovered("rows without columns")
     tensors = (grad, x, weight, mean, rstd)
     return _run("layer_norm", "layer_norm_backward", tensors, *tensors, needs_params)
+
+
+@implement("cross_entropy", "triton")
+def _cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    if logits.shape[1] == 0:
+        raise NotCovered("logits without classes")
+    options = (ignore_index, reduction, label_smoothing)
+    return _run("cross_entropy", "cross_entropy", (logits, target), logits, target, *options)
+
+
+@implement("cross_entropy_backward", "triton")
+def _cross_entropy_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    if logits.shape[1] == 0:
+        raise NotCovered("logits without classes")
+    tensors = (grad, logits, target, lse)
+    return _run("cross_entropy", "cross_entropy_backward", tensors, *tensors, ignore_index, reduction, label_smoothing)
