@@ -1,0 +1,271 @@
+// Register-blocked products of small dense blocks, and the packing they want.
+//
+//   C(r, c) = sum_k A(r, k) B(k, c)
+//
+// A is read one term at a time and broadcast; B's and C's rows are vectors. A tile of kTileRows x kTileColumns vectors
+// of C stays in registers for the whole sum. A `Math` says what one term is: a float, or (where the chip multiplies
+// bf16 pairs) two neighbouring terms of the sum in one 32-bit lane. Blocks are scratch memory of the caller's: padded,
+// aligned, and small enough for L1 or L2.
+
+constexpr int kTileRows = 4;
+constexpr int kTileColumns = FASTGPT_LANES == 16 ? 4 : 2;  // 16 accumulators of 32 registers, 8 of 16
+
+INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct Float32Math {
+  using Element = float;
+  static constexpr int kTerms = 1;
+  static INLINE Vec broadcast(const float* p) { return splat(*p); }
+  static INLINE Vec vector(const float* p) { return load(p); }
+  static INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+};
+
+#if defined(FASTGPT_BF16_DOT)
+struct BFloat16Math {
+  using Element = uint32_t;  // terms 2k (low half) and 2k + 1 (high half)
+  static constexpr int kTerms = 2;
+  static INLINE Vec broadcast(const uint32_t* p) { return bit_cast<Vec>(*p - VecUInt{}); }
+  static INLINE Vec vector(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
+  static INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// Lane by lane, the bf16 of `even` (low half) and `odd` (high half).
+INLINE VecUInt to_pairs(Vec even, Vec odd) {
+#if defined(FASTGPT_BF16_DOT)
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (VecUInt)_mm512_permutexvar_epi16(order, halves);
+#else
+  return __builtin_convertvector(to_bfloat16(even), VecUInt) |
+         (__builtin_convertvector(to_bfloat16(odd), VecUInt) << 16);
+#endif
+}
+
+// One tile: first(r, c, acc) sets where the sum starts, last(r, c, acc) takes it (by reference: a lambda in a template
+// that returns a vector is compiled for the base target's ABI). A(r, k) lies at a[r * lda + k], or at a[k * lda + r]
+// where kTransposed; B's row k at b[k * ldb].
+template <class Math, bool kTransposed, int kColumns, class First, class Last>
+INLINE void multiply_tile(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t ldb,
+                          int64_t depth, const First& first, const Last& last) {
+  Vec acc[kTileRows][kColumns];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) first(r, c, acc[r][c]);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[kColumns];
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) row[c] = Math::vector(b + k * ldb + c * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec term = Math::broadcast(kTransposed ? a + k * lda + r : a + r * lda + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = Math::multiply_add(term, row[c], acc[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) last(r, c, acc[r][c]);
+  }
+}
+
+// kTileRows rows of C, its vectors c0 <= c < c1: tiles as even as they can be. first and last see the vector's own
+// number.
+template <class Math, bool kTransposed, class First, class Last>
+INLINE void multiply_rows(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t ldb,
+                          int64_t depth, int c0, int c1, const First& first, const Last& last) {
+  while (c0 < c1) {
+    const int left = c1 - c0;
+    const int tiles = (left + kTileColumns - 1) / kTileColumns;
+    const int columns = (left + tiles - 1) / tiles;
+    const auto tile = [&](auto count) {
+      multiply_tile<Math, kTransposed, decltype(count)::value>(
+          a, lda, b + c0 * kLanes, ldb, depth, [&](int r, int c, Vec& v) { first(r, c0 + c, v); },
+          [&](int r, int c, const Vec& v) { last(r, c0 + c, v); });
+    };
+    switch (columns) {
+      case 1:
+        tile(std::integral_constant<int, 1>{});
+        break;
+#if FASTGPT_LANES == 16
+      case 3:
+        tile(std::integral_constant<int, 3>{});
+        break;
+      case 4:
+        tile(std::integral_constant<int, 4>{});
+        break;
+#endif
+      default:
+        tile(std::integral_constant<int, 2>{});
+        break;
+    }
+    c0 += columns;
+  }
+}
+
+// Terms that one sum may run over before it is added to another: rounding errors grow with the length of a chain.
+constexpr int64_t kChain = 64;
+
+// The same for a long sum (the width of a head): in chains, kept in C (place(r, c)) from one to the next; the whole sum
+// goes to last.
+template <class Math, class Place, class Last>
+INLINE void multiply_rows_in_chains(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
+                                    int64_t ldb, int64_t depth, int c0, int c1, const Place& place, const Last& last) {
+  for (int64_t k = 0; k < depth; k += kChain) {
+    multiply_rows<Math, false>(
+        a + k, lda, b + k * ldb, ldb, std::min(kChain, depth - k), c0, c1, [](int, int, Vec& v) { v = Vec{}; },
+        [&](int r, int c, const Vec& v) {
+          const Vec sum = k > 0 ? load(place(r, c)) + v : v;
+          if (k + kChain < depth) {
+            store(place(r, c), sum);
+          } else {
+            last(r, c, sum);
+          }
+        });
+  }
+}
+
+// ---- packing
+
+template <int kStep, bool kUpper, int... kLane>
+INLINE Vec exchange(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  // Lower: a where the lane has no bit kStep, else b shifted up by kStep. Upper: a shifted down, else b.
+  return __builtin_shufflevector(a, b,
+                                 (kUpper ? ((kLane & kStep) ? kLanes + kLane : kLane + kStep)
+                                         : ((kLane & kStep) ? kLanes + kLane - kStep : kLane))...);
+}
+
+template <int kStep>
+INLINE void transpose_step(Vec (&x)[kLanes]) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const Vec a = x[i], b = x[i + kStep];
+    x[i] = exchange<kStep, false>(a, b, Lanes{});
+    x[i + kStep] = exchange<kStep, true>(a, b, Lanes{});
+  }
+}
+
+// A square of kLanes vectors in registers.
+INLINE void transpose(Vec (&x)[kLanes]) {
+#if FASTGPT_LANES == 16
+  transpose_step<8>(x);
+#endif
+#if FASTGPT_LANES >= 8
+  transpose_step<4>(x);
+#endif
+  transpose_step<2>(x);
+  transpose_step<1>(x);
+}
+
+template <class Math>
+struct Pack;
+
+template <>
+struct Pack<Float32Math> {
+  // Rows of A or B: out(r, d) = x(r, d), 0 for d in [dim, ld). ld is a multiple of kLanes.
+  template <class T>
+  static INLINE void rows(const T* x, int64_t stride, int64_t n, int64_t dim, float* out, int64_t ld) {
+    for (int64_t r = 0; r < n; ++r, x += stride, out += ld) {
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) store(out + d, load(x + d));
+      if (d < dim) store(out + d, load_n(x + d, static_cast<int>(dim - d)));
+    }
+  }
+
+  // Rows of B where the sum runs over the rows: the same.
+  template <class T>
+  static INLINE void pairs(const T* x, int64_t stride, int64_t n, int64_t dim, float* out, int64_t ld) {
+    rows(x, stride, n, dim, out, ld);
+  }
+
+  // B transposed: out(d, i) = x(i, d), 0 for i in [n, ld). ld is a multiple of kLanes.
+  template <class T>
+  static INLINE void columns(const T* x, int64_t stride, int64_t n, int64_t dim, float* out, int64_t ld) {
+    for (int64_t i = 0; i < ld; i += kLanes) {
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const int wide = static_cast<int>(std::min<int64_t>(kLanes, dim - d));
+        Vec square[kLanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) {
+          const T* row = x + (i + r) * stride + d;
+          square[r] = i + r >= n ? Vec{} : wide == kLanes ? load(row) : load_n(row, wide);
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) {
+          if (r < wide) store(out + (d + r) * ld + i, square[r]);
+        }
+      }
+    }
+  }
+};
+
+#if defined(FASTGPT_BF16_DOT)
+template <>
+struct Pack<BFloat16Math> {
+  static INLINE VecUInt load_pairs(const BFloat16* p, int64_t n) {  // n: bf16 there are, 0 beyond
+    VecUInt v = {};
+    std::memcpy(&v, p, static_cast<size_t>(std::min<int64_t>(2 * kLanes, n)) * sizeof(BFloat16));
+    return v;
+  }
+
+  // Rows of A: neighbours in a row make a pair. ld (in pairs) is a multiple of kLanes.
+  static INLINE void rows(const BFloat16* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
+    for (int64_t r = 0; r < n; ++r, x += stride, out += ld) {
+      int64_t d = 0;
+      for (; d + 2 * kLanes <= dim; d += 2 * kLanes) std::memcpy(out + d / 2, x + d, 4 * kLanes);
+      if (d < dim) {
+        const VecUInt last = load_pairs(x + d, dim - d);
+        std::memcpy(out + d / 2, &last, sizeof last);
+      }
+    }
+  }
+
+  // Rows of B where the sum runs over the rows: out(r / 2, d) = (x(r, d), x(r + 1, d)), 0 beyond n rows or dim columns.
+  static INLINE void pairs(const BFloat16* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
+    const auto widen = [](const BFloat16* p, int64_t count) {
+      VecHalf half = {};
+      if (count >= kLanes) {
+        std::memcpy(&half, p, sizeof half);
+      } else {
+        std::memcpy(&half, p, static_cast<size_t>(count) * sizeof(BFloat16));
+      }
+      return __builtin_convertvector(half, VecUInt);
+    };
+    for (int64_t r = 0; r < n; r += 2, x += 2 * stride, out += ld) {
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        VecUInt pair = widen(x + d, dim - d);
+        if (r + 1 < n) pair |= widen(x + stride + d, dim - d) << 16;
+        std::memcpy(out + d, &pair, sizeof pair);
+      }
+    }
+  }
+
+  // B transposed: out(d / 2, i) = (x(i, d), x(i, d + 1)), 0 for i in [n, ld) and d = dim.
+  static INLINE void columns(const BFloat16* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
+    for (int64_t i = 0; i < ld; i += kLanes) {
+      for (int64_t d = 0; d < dim; d += 2 * kLanes) {
+        Vec square[kLanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) {
+          square[r] = i + r >= n ? Vec{} : bit_cast<Vec>(load_pairs(x + (i + r) * stride + d, dim - d));
+        }
+        transpose(square);
+        const int64_t tall = std::min<int64_t>(kLanes, (dim - d + 1) / 2);
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) {
+          if (r < tall) std::memcpy(out + (d / 2 + r) * ld + i, &square[r], sizeof(Vec));
+        }
+      }
+    }
+  }
+};
+#endif
