@@ -15,18 +15,18 @@ from fastgpt.errors import UserError
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from fastgpt.train.files import check_space, explain_writing, replace_file, replace_text
-from fastgpt.train.optimizer import build_optimizer
+from fastgpt.train.optimizer import AdamW, build_optimizer
 
 CONFIG = GPTConfig(vocab_size=11, block_size=4, n_layer=1, n_head=1, n_embd=8)
 
 
-def pair(seed: int = 0, config: GPTConfig = CONFIG) -> tuple[GPT, torch.optim.AdamW]:
+def pair(seed: int = 0, config: GPTConfig = CONFIG) -> tuple[GPT, AdamW]:
     torch.manual_seed(seed)
     model = GPT(config)
     return model, build_optimizer(model, learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.99))
 
 
-def trained(steps: int = 3) -> tuple[GPT, torch.optim.AdamW]:
+def trained(steps: int = 3) -> tuple[GPT, AdamW]:
     model, optimizer = pair()
     x = torch.randint(0, 11, (2, 4))
     for _ in range(steps):

@@ -103,7 +103,7 @@ def test_accumulation_is_the_larger_batch(tmp_path):
         changes = {"train__batch_size": batch_size, "train__grad_accum_steps": accum, "data__source": data}
         trainer = Trainer(new_run(tmp_path, train__grad_clip=0, **changes), quiet)
         x = torch.cat([trainer.loader.batch(3, micro, accum)[0] for micro in range(accum)])
-        trainer.optimizer.step = lambda: None
+        trainer.optimizer.step = lambda grad_scale: None
         trainer.optimizer.zero_grad = lambda set_to_none: None
         loss = trainer._step(0.0)
         first[accum] = loss, [p.grad.clone() for p in trainer.model.parameters()], x.shape
@@ -123,9 +123,9 @@ def test_clipping_bounds_the_gradient(tmp_path):
     norms = []
     step = trainer.optimizer.step
 
-    def noted():
-        norms.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item())
-        return step()
+    def noted(grad_scale):
+        norms.append(grad_scale * torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item())
+        return step(grad_scale=grad_scale)
 
     trainer.optimizer.step = noted
     trainer._step(1e-3)

@@ -13,7 +13,7 @@ from fastgpt.errors import UserError
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.evaluate import bigram_loss, bits_per_byte, fit_bigram, mean_loss
 from fastgpt.train.metrics import Metrics, plot_losses
-from fastgpt.train.optimizer import build_optimizer
+from fastgpt.train.optimizer import AdamW, build_optimizer, clip_scale
 from fastgpt.train.progress import duration
 from fastgpt.train.schedule import Schedule
 
@@ -64,6 +64,52 @@ def test_decay_is_decoupled_and_on_matrices_only():
         expected = 0.95 if parameter.dim() >= 2 else 1.0
         assert torch.allclose(parameter, torch.full_like(parameter, expected)), name
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_optimizer_is_torchs_with_clipping():
+    """Ten steps with clipped gradients end where torch's AdamW and clip_grad_norm_ end."""
+    models, torch_norms, norms = [], [], []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        # without biases: the key bias has a gradient of rounding noise alone, and Adam makes steps of full size of it
+        model = GPT(GPTConfig(vocab_size=11, block_size=4, n_layer=1, n_head=1, n_embd=8, bias=False))
+        groups = build_optimizer(model, learning_rate=0.1, weight_decay=0.5, betas=(0.8, 0.99))
+        optimizer = groups if ours else torch.optim.AdamW([dict(group) for group in groups.param_groups])
+        for step in range(10):
+            x = torch.randint(0, 11, (2, 4), generator=torch.Generator().manual_seed(step))
+            model(x, x)[1].backward()
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (step + 1)
+            if ours:
+                norms.append(optimizer.grad_norm())
+                optimizer.step(grad_scale=clip_scale(norms[-1], 0.3))
+            else:
+                torch_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3).item())
+                optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    assert max(norms) > 0.3  # clipping took place
+    assert norms == pytest.approx(torch_norms, rel=1e-4)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_optimizer_state_dict_round_trip():
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    first, again = AdamW([weight], lr=0.1), AdamW([weight], lr=0.1)
+    weight.grad = torch.arange(6.0).view(3, 2)
+    first.step()
+    again.load_state_dict(first.state_dict())
+    assert again.steps == 1
+    for key, value in first.moments(weight).items():
+        assert torch.equal(value, again.moments(weight)[key])
+
+
+@pytest.mark.parametrize(
+    ("norm", "limit", "scale"), [(4.0, 1.0, 0.25), (0.5, 1.0, 1.0), (4.0, 0.0, 1.0), (0.0, 1.0, 1.0)]
+)
+def test_clip_scale(norm, limit, scale):
+    assert clip_scale(norm, limit) == scale
 
 
 def line(step, loss):

@@ -1,7 +1,7 @@
 """Checkpoints that a kill cannot break, and from which a run goes on exactly.
 
     checkpoints/step-000250/model.safetensors      the weights (fastgpt.model.save_model)
-                            training.safetensors   AdamW's moments and step, by parameter name; random-number states
+                            training.safetensors   AdamW's moments by parameter name, its count of steps; random-number states
                             state.json             step, plan, best loss, ...; and the size and CRC-32 of the other two files
     checkpoints/latest                             one line, the folder's name
 
@@ -26,6 +26,7 @@ from torch import nn
 from fastgpt.errors import UserError
 from fastgpt.model import load_weights, save_model
 from fastgpt.train.files import fsync_path, replace_text
+from fastgpt.train.optimizer import AdamW
 
 FORMAT = "fastgpt-checkpoint"
 FILES = ("model.safetensors", "training.safetensors")
@@ -68,11 +69,12 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
+def _optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, torch.Tensor]:
+    tensors = {"steps": torch.tensor(optimizer.steps)}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+        if parameter.requires_grad:
+            for key, value in optimizer.moments(parameter).items():
+                tensors[f"{key}.{name}"] = value.cpu()
     return tensors
 
 
@@ -83,9 +85,7 @@ def _random_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def save_checkpoint(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, keep: int = 2
-) -> Path:
+def save_checkpoint(run: Path, model: nn.Module, optimizer: AdamW, state: TrainState, *, keep: int = 2) -> Path:
     """Write the checkpoint of `state.step` and point `latest` at it.
 
     Args:
@@ -192,7 +192,7 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**values)
 
 
-def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
+def load_checkpoint(folder: Path, model: Any, optimizer: AdamW) -> TrainState:
     """Put a checkpoint's weights, moments and random-number states in place; returns the rest.
 
     Args:
@@ -214,13 +214,12 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
         key, _, parameter = name.partition(".")
         loaded.setdefault(parameter, {})[key] = tensor
     for name, parameter in model.named_parameters():
-        values = loaded.get(name, {})
-        missing = {"step", "exp_avg", "exp_avg_sq"} - set(values)
-        if missing and parameter.requires_grad and state.step > 0:
-            raise _damaged(folder, f"training.safetensors has no {min(missing)} for {name}")
-        if values:
-            # AdamW's fused form wants its step count on the parameter's device.
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
+        if parameter.requires_grad:
+            for key, value in optimizer.moments(parameter).items():
+                if name not in loaded or key not in loaded[name]:
+                    raise _damaged(folder, f"training.safetensors has no {key} for {name}")
+                value.copy_(loaded[name][key])
+    optimizer.steps = int(tensors["steps"])
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])

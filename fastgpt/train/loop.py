@@ -34,7 +34,7 @@ from fastgpt.train.checkpoint import TrainState, latest_checkpoint, load_checkpo
 from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, fit_bigram, mean_loss
 from fastgpt.train.files import explain_writing
 from fastgpt.train.metrics import Metrics, plot_losses
-from fastgpt.train.optimizer import build_optimizer
+from fastgpt.train.optimizer import build_optimizer, clip_scale
 from fastgpt.train.progress import Progress, duration
 from fastgpt.train.run import KEEP_CHECKPOINTS, Run, choose_device, write_config, write_summary
 from fastgpt.train.schedule import Schedule
@@ -188,11 +188,11 @@ class Trainer:
                 _, loss = self.model(x.to(self.device), y.to(self.device))
             (loss / accum if accum > 1 else loss).backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip or math.inf)
+        norm = self.optimizer.grad_norm()
         value = total.item() / accum
-        finite = math.isfinite(value) and math.isfinite(norm.item())
+        finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
-            self.optimizer.step()
+            self.optimizer.step(grad_scale=clip_scale(norm, options.grad_clip))
         self.optimizer.zero_grad(set_to_none=True)
         return value if finite else None
 

@@ -1,17 +1,101 @@
-"""AdamW with decoupled weight decay on matrices only.
+"""AdamW with decoupled weight decay on matrices only, and gradient clipping, on `ops.adamw`.
 
 Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv 1711.05101, algorithm 2. Parameters with two or more dimensions
 (linear weights, embeddings) decay; biases and the gains of layer norms do not, because shrinking them changes what the network
-computes without restraining it. The update itself is torch.optim.AdamW's fused one: a single pass over each tensor.
+computes without restraining it. Clipping scales the gradients inside the update, so their memory is read twice and never written.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastgpt import ops
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """What to multiply gradients of this norm with so that it is at most `max_norm`; 1 where that is 0 (no clipping)."""
+    return max_norm / norm if max_norm and norm > max_norm else 1.0
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW whose step is one call for all parameters of a group.
+
+    Args:
+        params: parameters or groups of them, as for every optimizer of torch.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+
+    Example:
+        >>> optimizer = AdamW(model.parameters(), lr=1e-3)  # doctest: +SKIP
+        >>> loss.backward()  # doctest: +SKIP
+        >>> optimizer.step(grad_scale=clip_scale(optimizer.grad_norm(), 1.0))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "steps": 0})
+
+    @property
+    def steps(self) -> int:
+        """Updates made so far."""
+        return int(self.param_groups[0]["steps"])
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        for group in self.param_groups:
+            group["steps"] = count
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The first and second moment of a parameter, `exp_avg` and `exp_avg_sq`; zeros before the first step."""
+        state = self.state[parameter]
+        if not state:
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        return state
+
+    def grad_norm(self) -> float:
+        """The Euclidean norm of all gradients together."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return ops.grad_norm(gradients).item() if gradients else 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
+        """One update of every parameter that has a gradient, the gradients multiplied by `grad_scale`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["steps"] += 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            moments = [self.moments(p) for p in params]
+            ops.adamw(
+                params,
+                [p.grad for p in params],
+                [moment["exp_avg"] for moment in moments],
+                [moment["exp_avg_sq"] for moment in moments],
+                step=group["steps"],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                grad_scale=grad_scale,
+            )
+        return loss
 
 
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
+) -> AdamW:
     """AdamW over the model's trainable parameters in two groups, with and without decay.
 
     A parameter used in two places (a tied head) appears once. Two kinds of state follow each parameter: `exp_avg` and `exp_avg_sq`.
@@ -28,4 +112,4 @@ def build_optimizer(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return AdamW(groups, lr=learning_rate, betas=betas)
