@@ -25,15 +25,23 @@ def plain(tokens: list[int], V: int, S: float, D: float, a: int, b: int) -> floa
     return (max(pairs[a, b] - D, 0) + (S + D * kinds) * unigram) / (first[a] + S)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 7).flatmap(
-        lambda V: st.tuples(st.just(V), st.lists(st.integers(0, V - 1), min_size=20, max_size=80))
-    )
+CASES = st.integers(1, 7).flatmap(
+    lambda V: st.tuples(st.just(V), st.lists(st.integers(0, V - 1), min_size=20, max_size=80))
 )
-def test_the_formula_for_every_pair_and_rows_that_sum_to_one(case: tuple[int, list[int]]) -> None:
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=CASES, strength=st.floats(0, 100), discount=st.floats(0, 1), chosen=st.booleans())
+def test_the_formula_for_every_pair_and_rows_that_sum_to_one(
+    case: tuple[int, list[int]], strength: float, discount: float, chosen: bool
+) -> None:
     V, tokens = case
     model = BigramModel().fit(tokens, V)
+    if not chosen:
+        model.strength, model.discount = (
+            strength,
+            discount + 1e-9,
+        )  # both 0 would leave unseen pairs without probability
     a, b = np.meshgrid(np.arange(V), np.arange(V), indexing="ij")
     got = model.probabilities(a, b).reshape(V, V)
     want = [[plain(tokens, V, model.strength, model.discount, i, j) for j in range(V)] for i in range(V)]

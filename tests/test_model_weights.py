@@ -196,6 +196,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert os.listdir(saved.parent) == [saved.name]
 
 
+def test_a_reader_of_the_old_file_keeps_it_whole(model: GPT, saved: Path) -> None:
+    before = saved.read_bytes()
+    with open(saved, "rb") as reader:
+        half = reader.read(len(before) // 2)
+        save_model(GPT(GPTConfig(**SHAPE)), saved)
+        assert half + reader.read() == before
+    assert saved.read_bytes() != before
+
+
 def test_no_folder_to_write_to(model: GPT, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the weights cannot be written: No such file or directory"):
         save_model(model, tmp_path / "missing" / "model.safetensors")
