@@ -18,7 +18,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastgpt.errors import UserError
@@ -174,7 +174,7 @@ def _stdlib(val_fraction: float) -> Corpus:
         )
     version = sysconfig.get_python_version()
     description = f"the standard library of Python {version}, {len(files)} files, {size:,} characters"
-    return _split_files("stdlib", description, files, val_fraction, [])
+    return replace(_split_files("stdlib", description, files, val_fraction, []), notes=[])
 
 
 def _folder(root: Path, val_fraction: float) -> Corpus:
