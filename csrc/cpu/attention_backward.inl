@@ -148,7 +148,7 @@ struct BackwardTask {
     } else {
 #pragma GCC unroll 2
       for (int r = 0; r < 2; ++r) {
-        const VecHalf p_half = to_bfloat16(p[r]), ds_half = to_bfloat16(ds[r]);
+        const VecHalf p_half = to_halves(p[r]), ds_half = to_halves(ds[r]);
         const int64_t place = ((j + r) * kBlock + lane) / kTerms;
         std::memcpy(p_rows + place, &p_half, sizeof p_half);
         std::memcpy(ds_rows + place, &ds_half, sizeof ds_half);

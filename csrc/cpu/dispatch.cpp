@@ -13,12 +13,15 @@ std::atomic<const Kernels*> active{nullptr};
 
 const Kernels* choose(const std::string& name) {
   if (name.empty()) {
+    if (const Kernels* table = avx512bf16_kernels()) return table;
     if (const Kernels* table = avx512_kernels()) return table;
     if (const Kernels* table = avx2_kernels()) return table;
     return portable_kernels();
   }
   const Kernels* table = nullptr;
   if (name == "avx512") {
+    table = avx512bf16_kernels() != nullptr ? avx512bf16_kernels() : avx512_kernels();
+  } else if (name == "avx512f") {  // without bf16 products, so that a chip that has them tests the other table too
     table = avx512_kernels();
   } else if (name == "avx2") {
     table = avx2_kernels();

@@ -32,6 +32,14 @@ struct BFloat16Math {
 };
 #endif
 
+INLINE VecHalf to_halves(Vec v) {
+#if defined(FASTGPT_BF16_DOT)
+  return bit_cast<VecHalf>(_mm512_cvtneps_pbh((__m512)v));
+#else
+  return to_bfloat16(v);
+#endif
+}
+
 // Lane by lane, the bf16 of `even` (low half) and `odd` (high half).
 INLINE VecUInt to_pairs(Vec even, Vec odd) {
 #if defined(FASTGPT_BF16_DOT)
@@ -211,10 +219,25 @@ struct Pack<Float32Math> {
 #if defined(FASTGPT_BF16_DOT)
 template <>
 struct Pack<BFloat16Math> {
-  static INLINE VecUInt load_pairs(const BFloat16* p, int64_t n) {  // n: bf16 there are, 0 beyond
+  // 2 * kLanes neighbours, kLanes neighbours each in a lane of its own; 0 from n on.
+  static INLINE VecUInt load_pairs(const BFloat16* p, int64_t n) {
     VecUInt v = {};
-    std::memcpy(&v, p, static_cast<size_t>(std::min<int64_t>(2 * kLanes, n)) * sizeof(BFloat16));
+    if (n >= 2 * kLanes) {
+      std::memcpy(&v, p, sizeof v);
+    } else {
+      std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(BFloat16));
+    }
     return v;
+  }
+
+  static INLINE VecUInt widen(const BFloat16* p, int64_t n) {
+    VecHalf half = {};
+    if (n >= kLanes) {
+      std::memcpy(&half, p, sizeof half);
+    } else {
+      std::memcpy(&half, p, static_cast<size_t>(n) * sizeof(BFloat16));
+    }
+    return __builtin_convertvector(half, VecUInt);
   }
 
   // Rows of A: neighbours in a row make a pair. ld (in pairs) is a multiple of kLanes.
@@ -231,15 +254,6 @@ struct Pack<BFloat16Math> {
 
   // Rows of B where the sum runs over the rows: out(r / 2, d) = (x(r, d), x(r + 1, d)), 0 beyond n rows or dim columns.
   static INLINE void pairs(const BFloat16* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
-    const auto widen = [](const BFloat16* p, int64_t count) {
-      VecHalf half = {};
-      if (count >= kLanes) {
-        std::memcpy(&half, p, sizeof half);
-      } else {
-        std::memcpy(&half, p, static_cast<size_t>(count) * sizeof(BFloat16));
-      }
-      return __builtin_convertvector(half, VecUInt);
-    };
     for (int64_t r = 0; r < n; r += 2, x += 2 * stride, out += ld) {
       for (int64_t d = 0; d < dim; d += kLanes) {
         VecUInt pair = widen(x + d, dim - d);
