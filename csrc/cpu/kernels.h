@@ -149,12 +149,13 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512bf16_kernels();
 
 // The table in use: the widest the chip has, or what FASTGPT_CPU_ISA names; throws std::invalid_argument for an unknown
 // or unavailable name.
 const Kernels& kernels();
 
-// Chooses another table by name ("portable", "avx2", "avx512", or "" for the default); throws like kernels().
+// Chooses another table by name ("portable", "avx2", "avx512f", "avx512", or "" for the default); throws like kernels().
 void select_isa(const char* name);
 
 }  // namespace fastgpt::cpu

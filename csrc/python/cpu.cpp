@@ -68,6 +68,7 @@ PYBIND11_MODULE(_cpu, m) {
     std::vector<std::string> names;
     if (portable_kernels() != nullptr) names.emplace_back("portable");
     if (avx2_kernels() != nullptr) names.emplace_back("avx2");
+    if (avx512bf16_kernels() != nullptr) names.emplace_back("avx512f");
     if (avx512_kernels() != nullptr) names.emplace_back("avx512");
     return names;
   });
