@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from fastgpt import __version__
 from fastgpt.errors import UserError
-from fastgpt.train.config import load_config, nearest, options, preset_names, read_preset, read_yaml
+from fastgpt.train.config import load_config, nearest, options, preset_names, read_preset, read_yaml, sections
 
 # Short names of options whose own name says too little without its section; None: no short name.
 SHORT = {
@@ -84,17 +84,16 @@ def train_parser() -> Parser:
         "--out", metavar="RUN", help="the run folder to make (default: runs/<corpus>-N, the next free N)"
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped (default: start a new one)")
-    groups: dict[str, Any] = {}
+    groups = {name: parser.add_argument_group(name) for name in sections()}
     for key, item in options():
         section, name = key.split(".")
-        group = groups.setdefault(section, parser.add_argument_group(section) if section not in groups else None)
         short = SHORT.get(key, f"--{name.replace('_', '-')}")
         limits = item.metadata
-        kind = typing.get_args(item.type)[0] if typing.get_args(item.type) else item.type
-        metavar = {bool: "true|false", int: "N", float: "X"}.get(kind, "TEXT")
+        kinds: dict[Any, str] = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
+        metavar = kinds[(typing.get_args(item.type) or (item.type,))[0]]
         if "choices" in limits:
             metavar = "|".join(limits["choices"])
-        group.add_argument(
+        groups[section].add_argument(
             *([short] if short else []),
             f"--{key}",
             dest=key,
@@ -114,6 +113,9 @@ def train(arguments: Sequence[str]) -> int:
     if resume is None:
         config = load_config(preset=preset, file=file, overrides=given)
 
+    from fastgpt.train.heap import keep_pages
+
+    keep_pages()  # before torch takes its first memory
     from fastgpt.train.run import open_run, start_run
 
     if resume is None:

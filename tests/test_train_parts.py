@@ -14,6 +14,7 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.evaluate import bigram_loss, bits_per_byte, fit_bigram, mean_loss
 from fastgpt.train.metrics import Metrics, plot_losses
 from fastgpt.train.optimizer import AdamW, build_optimizer, clip_scale
+from fastgpt.train.plan import Budget
 from fastgpt.train.progress import duration
 from fastgpt.train.schedule import Schedule
 
@@ -177,3 +178,22 @@ def test_bits_per_byte():
 
 def test_durations():
     assert [duration(s) for s in (0, 9.6, 61, 3600, 36061)] == ["0:00", "0:10", "1:01", "1:00:00", "10:01:01"]
+
+
+def test_budget_divides_what_is_left_by_a_step():
+    budget = Budget(100.0, None)
+    budget.eval_s = 1.0
+    enough = [budget.add(step_s, 0.0) for step_s in (9.0, 9.0, 9.0, *[1.0] * 5)]
+    assert enough == [False] * 7 + [True]  # the first three steps do not count; then 5 steps and 5 s are there
+    assert budget.steps_left(elapsed_s=20.0) == 70  # 100 - 20 - 10 evaluations of 1 s, at 1 s a step
+    assert budget.steps_left(elapsed_s=95.0) == 0
+    fixed = Budget(100.0, 10)
+    fixed.eval_s = 10.0
+    assert [fixed.add(1.0, 0.0) for _ in range(8)][-1]
+    assert fixed.steps_left(elapsed_s=20.0) == 40  # a step costs 1 s and a tenth of an evaluation
+
+
+def test_a_used_up_budget_ends_the_timing():
+    budget = Budget(5.0, None)
+    assert budget.add(6.0, 6.0)
+    assert budget.steps_left(6.0) == 0

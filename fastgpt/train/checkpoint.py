@@ -16,15 +16,13 @@ import shutil
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from fastgpt.errors import UserError
-from fastgpt.model import load_weights, save_model
+from fastgpt.model import GPT, load_weights, save_model
 from fastgpt.train.files import fsync_path, replace_text
 from fastgpt.train.optimizer import AdamW
 
@@ -69,7 +67,7 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: GPT, optimizer: AdamW) -> dict[str, torch.Tensor]:
     tensors = {"steps": torch.tensor(optimizer.steps)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -85,7 +83,7 @@ def _random_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer: AdamW, state: TrainState, *, keep: int = 2) -> Path:
+def save_checkpoint(run: Path, model: GPT, optimizer: AdamW, state: TrainState, *, keep: int = 2) -> Path:
     """Write the checkpoint of `state.step` and point `latest` at it.
 
     Args:
@@ -192,7 +190,7 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**values)
 
 
-def load_checkpoint(folder: Path, model: Any, optimizer: AdamW) -> TrainState:
+def load_checkpoint(folder: Path, model: GPT, optimizer: AdamW) -> TrainState:
     """Put a checkpoint's weights, moments and random-number states in place; returns the rest.
 
     Args:
@@ -210,9 +208,9 @@ def load_checkpoint(folder: Path, model: Any, optimizer: AdamW) -> TrainState:
     except (OSError, SafetensorError) as error:
         raise _damaged(folder, f"training.safetensors cannot be read ({error})") from error
     loaded: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        key, _, parameter = name.partition(".")
-        loaded.setdefault(parameter, {})[key] = tensor
+    for label, tensor in tensors.items():
+        key, _, name = label.partition(".")
+        loaded.setdefault(name, {})[key] = tensor
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             for key, value in optimizer.moments(parameter).items():

@@ -252,7 +252,8 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = f" (line {error.problem_mark.line + 1})" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
         raise UserError(f"the {what} {path} is not YAML{line}") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

@@ -7,9 +7,8 @@ model.safetensors, and a checkpoint is written.
 Everything a step depends on is a function of the step (batch, learning rate) or is in the checkpoint (weights, moments, random-number
 state, plan), so a resumed run repeats the uninterrupted one bit for bit on the CPU with the same number of threads.
 
-A time budget becomes a number of steps once: the first seconds are measured, the rest of the budget is divided by a step's
-time, and the result is stored as the run's plan. It is a plan, not a stopwatch: on a machine that slows down later, the run
-takes longer.
+A time budget becomes a number of steps after its first seconds (`fastgpt.train.plan`). It is a plan, not a stopwatch: on a machine
+that slows down later, the run takes longer.
 
 The run stops early, and says why in plain words, when Ctrl-C comes (a checkpoint is written first), when the loss is no longer a finite
 number, and when the validation loss has not improved for `patience` evaluations.
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,13 +35,11 @@ from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, fit_big
 from fastgpt.train.files import explain_writing
 from fastgpt.train.metrics import Metrics, plot_losses
 from fastgpt.train.optimizer import build_optimizer, clip_scale
+from fastgpt.train.plan import Budget, eval_interval
 from fastgpt.train.progress import Progress, duration
 from fastgpt.train.run import KEEP_CHECKPOINTS, Run, choose_device, write_config, write_summary
 from fastgpt.train.schedule import Schedule
 
-EVALUATIONS = 10  # in a run that leaves train.eval_interval open
-UNTIMED_STEPS = 3  # the first ones allocate memory and start threads
-MEASURED_SHARE = 0.05  # of a time budget, spent on measuring a step
 PLOT_INTERVAL_S = 5.0
 
 
@@ -116,17 +114,17 @@ class Trainer:
         self.state = TrainState(threads=torch.get_num_threads())
         self.last_good = latest_checkpoint(run.folder)
         if self.last_good is not None:
-            self._restore()
+            self._restore(self.last_good)
         write_config(run)
         self.metrics.keep_until(self.state.step if self.last_good is not None else -1)
         self._plan()
         self._signal = 0
         self._interval_tokens, self._interval_s, self._plotted = 0, 0.0, 0.0
 
-    def _restore(self) -> None:
+    def _restore(self, checkpoint: Path) -> None:
         threads = self.state.threads
-        self.state = load_checkpoint(self.last_good, self.model, self.optimizer)
-        self.say(f"resuming from {self.last_good}")
+        self.state = load_checkpoint(checkpoint, self.model, self.optimizer)
+        self.say(f"resuming from {checkpoint}")
         if self.state.threads != threads:
             self.say(
                 f"note: this run used {self.state.threads} CPU threads and now has {threads}; "
@@ -156,18 +154,7 @@ class Trainer:
         if options.eval_interval is not None:
             state.eval_interval = options.eval_interval
         elif state.max_steps is not None and state.eval_interval is None:
-            state.eval_interval = math.ceil(state.max_steps / EVALUATIONS)
-
-    def _plan_from_budget(self, step_s: float, eval_s: float) -> None:
-        """Turn what is left of the time budget into steps, after some have been timed."""
-        state, budget = self.state, self.options.time_budget_s
-        left = budget - state.elapsed_s
-        interval = self.options.eval_interval
-        left -= EVALUATIONS * eval_s if interval is None else 0.0
-        per_step = step_s if interval is None else step_s + eval_s / interval
-        state.max_steps = state.step + (int(left / per_step) if left > 0 else 0)
-        if state.eval_interval is None:
-            state.eval_interval = max(math.ceil(state.max_steps / EVALUATIONS), 1)
+            state.eval_interval = eval_interval(state.max_steps)
 
     def _schedule(self) -> Schedule:
         options = self.options
@@ -294,13 +281,16 @@ class Trainer:
         batch_tokens = options.batch_size * options.grad_accum_steps * self.loader.block_size
         schedule = self._schedule()
         self.model.train()
-        steps_timed, timed_s, eval_s = 0, 0.0, 0.0
+        budget = None
+        if state.max_steps is None and options.time_budget_s is not None:
+            budget = Budget(options.time_budget_s, options.eval_interval)
         begun, before = time.monotonic(), state.elapsed_s
         if state.step == 0:
             if not self._evaluate(progress, schedule.at(0)):
                 return self._diverged(schedule)
             self._save()
-            eval_s = time.monotonic() - begun
+            if budget is not None:
+                budget.eval_s = time.monotonic() - begun
         while state.max_steps is None or state.step < state.max_steps:
             started = time.monotonic()
             loss = self._step(schedule.at(state.step))
@@ -313,19 +303,16 @@ class Trainer:
             self._interval_s += now - started
             progress.update(state.step, loss, self._interval_tokens / self._interval_s)
 
-            if state.max_steps is None:
-                steps_timed += 1
-                timed_s += now - started if steps_timed > UNTIMED_STEPS else 0.0
-                if (steps_timed > UNTIMED_STEPS + 4 and timed_s >= MEASURED_SHARE * options.time_budget_s) or (
-                    state.elapsed_s >= options.time_budget_s
-                ):
-                    self._plan_from_budget(timed_s / max(steps_timed - UNTIMED_STEPS, 1), eval_s)
-                    schedule = self._schedule()
-                    progress.set_max_steps(state.max_steps)
-                    progress.say(
-                        f"plan: {state.max_steps:,} steps in {duration(options.time_budget_s)}, "
-                        f"an evaluation every {state.eval_interval:,}"
-                    )
+            if budget is not None and budget.add(now - started, state.elapsed_s):
+                state.max_steps = state.step + budget.steps_left(state.elapsed_s)
+                state.eval_interval = state.eval_interval or eval_interval(state.max_steps)
+                schedule = self._schedule()
+                progress.set_max_steps(state.max_steps)
+                progress.say(
+                    f"plan: {state.max_steps:,} steps in {duration(budget.seconds)}, "
+                    f"an evaluation every {state.eval_interval:,}"
+                )
+                budget = None
             last = state.max_steps is not None and state.step >= state.max_steps
             evaluated = last or (state.eval_interval is not None and state.step % state.eval_interval == 0)
             if evaluated and not self._evaluate(progress, schedule.at(state.step)):

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def _write_run(folder: Path, config: Config, corpus: Corpus, tokenizer: Any) -> 
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
 
 
-def open_run(folder: Path, layers: list[Mapping[str, Any]], overrides: Mapping[str, str]) -> Run:
+def open_run(folder: Path, layers: Sequence[Mapping[str, Any]], overrides: Mapping[str, str]) -> Run:
     """Open a run for a resume.
 
     Args:
