@@ -1,0 +1,315 @@
+#include "bpe/encoder.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <exception>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+#include "bpe/word_cache.h"
+
+namespace fastgpt::bpe {
+namespace {
+
+constexpr size_t kBatchSpans = 512;                // pre-tokens found before their ids are looked up
+constexpr size_t kMaxScanBytes = size_t{1} << 30;  // a scanner's offsets have 32 bits
+constexpr size_t kThreadBytes = size_t{1} << 20;   // text that is worth handing to another thread
+constexpr size_t kSlackIds = WordCache::kMaxIds;
+
+const uint8_t* as_bytes(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
+
+}  // namespace
+
+IdBuffer::~IdBuffer() { std::free(data_); }
+
+void IdBuffer::reserve_more(size_t more) {
+  if (more <= capacity_ - size_) return;
+  const size_t wanted = std::max(size_ + more, capacity_ + capacity_ / 2);
+  if (wanted > std::numeric_limits<size_t>::max() / sizeof(uint32_t)) throw std::bad_alloc();
+  void* const memory = std::realloc(data_, wanted * sizeof(uint32_t));
+  if (!memory) throw std::bad_alloc();
+  data_ = static_cast<uint32_t*>(memory);
+  capacity_ = wanted;
+}
+
+void IdBuffer::shrink() {
+  if (size_ == capacity_ || !data_) return;
+  void* const memory = std::realloc(data_, std::max<size_t>(size_, 1) * sizeof(uint32_t));
+  if (!memory) return;  // the larger block stays
+  data_ = static_cast<uint32_t*>(memory);
+  capacity_ = std::max<size_t>(size_, 1);
+}
+
+uint32_t* IdBuffer::release() {
+  uint32_t* const memory = data_;
+  data_ = nullptr;
+  size_ = capacity_ = 0;
+  return memory;
+}
+
+struct Encoder::Worker {
+  explicit Worker(uint32_t id_limit) : cache(id_limit) {}
+  WordCache cache;
+  MergeScratch scratch;
+  uint32_t ends[kBatchSpans];
+};
+
+// A worker of the encoder for the time of one call, or a new one when all are in use.
+class Encoder::Borrowed {
+ public:
+  explicit Borrowed(const Encoder& encoder) : encoder_(encoder) {
+    for (size_t i = 0; i < kWorkers; ++i) {
+      bool free = false;
+      if (!encoder.busy_[i].compare_exchange_strong(free, true, std::memory_order_acquire)) continue;
+      place_ = i;
+      if (!encoder.workers_[i]) {
+        try {
+          encoder.workers_[i] = std::make_unique<Worker>(encoder.vocabulary_.slots());
+        } catch (...) {
+          encoder.busy_[i].store(false, std::memory_order_release);
+          throw;
+        }
+      }
+      worker_ = encoder.workers_[i].get();
+      return;
+    }
+    own_ = std::make_unique<Worker>(encoder.vocabulary_.slots());
+    worker_ = own_.get();
+  }
+  ~Borrowed() {
+    if (!own_) encoder_.busy_[place_].store(false, std::memory_order_release);
+  }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  Worker& operator*() const { return *worker_; }
+  Worker* operator->() const { return worker_; }
+
+ private:
+  const Encoder& encoder_;
+  size_t place_ = 0;
+  Worker* worker_ = nullptr;
+  std::unique_ptr<Worker> own_;
+};
+
+Encoder::Encoder(Vocabulary vocabulary, std::optional<Pattern> pattern, bool whole_first)
+    : vocabulary_(std::move(vocabulary)), pattern_(pattern), whole_first_(whole_first) {
+  if (pattern) scan_ = scanner_for(*pattern);
+}
+
+Encoder::~Encoder() = default;
+
+// A pre-token that is not cached. padded[0, n + Vocabulary::kPadding) is readable.
+size_t Encoder::encode_miss(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const {
+  size_t count = 0;
+  if (whole_first_) {
+    out[0] = vocabulary_.find(padded, n);
+    count = out[0] != kNone;
+  }
+  if (!count) count = merge_piece(vocabulary_, padded, n, out, worker.scratch);
+  if (n <= WordCache::kMaxBytes) worker.cache.insert(padded, n, out, count);
+  return count;
+}
+
+// The ids of the pre-token text[begin, end) to out (room for its bytes and kSlackIds more); returns how many.
+inline size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end,
+                                   uint32_t* out) const {
+  const uint8_t* p = text + begin;
+  const size_t n = end - begin;
+  uint8_t near_end[WordCache::kMaxBytes + 1 + Vocabulary::kPadding];
+  if (n <= WordCache::kMaxBytes) {
+    if (size - begin < sizeof(near_end)) {
+      std::memset(near_end, 0, sizeof(near_end));
+      std::memcpy(near_end, p, n);
+      p = near_end;
+    }
+    if (const size_t count = worker.cache.find(p, n, out)) return count;
+    return encode_miss(worker, p, n, out);
+  }
+  if (size - end >= Vocabulary::kPadding) return encode_miss(worker, p, n, out);
+  worker.scratch.padded.assign(n + Vocabulary::kPadding, 0);
+  std::memcpy(worker.scratch.padded.data(), p, n);
+  return encode_miss(worker, worker.scratch.padded.data(), n, out);
+}
+
+// Cuts a text into parts that a scanner's offsets reach over and calls part(text, size) for each.
+template <class Part>
+void Encoder::scan_chunks(std::string_view text, const Part& part) const {
+  if (!scan_) throw std::logic_error("this vocabulary has no built-in pattern; give the pre-tokens");
+  const uint8_t* p = as_bytes(text);
+  size_t left = text.size();
+  while (left) {
+    size_t size = left;
+    if (left > kMaxScanBytes) {
+      size = safe_cut(p, left, kMaxScanBytes);
+      if (!size) throw std::length_error("text: 1 GiB without a space between letters or a line to cut it at");
+    }
+    part(p, size);
+    p += size;
+    left -= size;
+  }
+}
+
+void Encoder::encode(std::string_view text, IdBuffer& out) const {
+  if (text.empty()) return;
+  Borrowed worker(*this);
+  scan_chunks(text, [&](const uint8_t* p, size_t size) {
+    size_t pos = 0;
+    while (pos < size) {
+      const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
+      out.reserve_more(worker->ends[spans - 1] - pos + kSlackIds);
+      uint32_t* ids = out.data() + out.size();
+      for (size_t i = 0; i < spans; ++i) {
+        ids += encode_word(*worker, p, size, pos, worker->ends[i], ids);
+        pos = worker->ends[i];
+      }
+      out.set_size(static_cast<size_t>(ids - out.data()));
+    }
+  });
+}
+
+size_t Encoder::count(std::string_view text) const {
+  if (text.empty()) return 0;
+  Borrowed worker(*this);
+  IdBuffer word;
+  size_t total = 0;
+  scan_chunks(text, [&](const uint8_t* p, size_t size) {
+    size_t pos = 0;
+    while (pos < size) {
+      const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
+      for (size_t i = 0; i < spans; ++i) {
+        word.reserve_more(worker->ends[i] - pos + kSlackIds);
+        total += encode_word(*worker, p, size, pos, worker->ends[i], word.data());
+        pos = worker->ends[i];
+      }
+    }
+  });
+  return total;
+}
+
+void Encoder::encode_spans(std::string_view text, const uint64_t* begins, const uint64_t* ends, size_t count,
+                           IdBuffer& out) const {
+  Borrowed worker(*this);
+  for (size_t i = 0; i < count; ++i) {
+    if (ends[i] < begins[i] || ends[i] > text.size()) throw std::invalid_argument("pre-token outside of the text");
+    const size_t n = ends[i] - begins[i];
+    if (n == 0) continue;
+    if (n > kMaxScanBytes) throw std::length_error("pre-token: longer than 1 GiB");
+    out.reserve_more(n + kSlackIds);
+    uint32_t* const ids = out.data() + out.size();
+    out.set_size(out.size() + encode_word(*worker, as_bytes(text), text.size(), begins[i], ends[i], ids));
+  }
+}
+
+void Encoder::encode_piece(std::string_view piece, IdBuffer& out) const {
+  const uint64_t begin = 0, end = piece.size();
+  encode_spans(piece, &begin, &end, 1, out);
+}
+
+void Encoder::pretokens(std::string_view text, std::vector<uint64_t>& out) const {
+  uint32_t ends[kBatchSpans];
+  uint64_t base = 0;
+  scan_chunks(text, [&](const uint8_t* p, size_t size) {
+    for (size_t pos = 0; pos < size;) {
+      const size_t spans = scan_(p, size, pos, ends, kBatchSpans);
+      for (size_t i = 0; i < spans; ++i) out.push_back(base + ends[i]);
+      pos = ends[spans - 1];
+    }
+    base += size;
+  });
+}
+
+void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t threads, IdBuffer& out,
+                           std::vector<uint64_t>& ends) const {
+  ends.reserve(texts.size());
+  size_t total = 0;
+  for (const auto& text : texts) total += text.size();
+  threads = std::min(threads, total / kThreadBytes + 1);
+  if (threads <= 1) {
+    for (const auto& text : texts) {
+      encode(text, out);
+      ends.push_back(out.size());
+    }
+    return;
+  }
+
+  // Jobs of about kThreadBytes: whole texts together, long texts in parts that end at certain boundaries.
+  struct Part {
+    std::string_view text;
+    size_t index;
+  };
+  std::vector<Part> parts;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    std::string_view rest = texts[i];
+    while (rest.size() > 2 * kThreadBytes) {
+      const size_t cut = safe_cut(as_bytes(rest), rest.size(), kThreadBytes);
+      if (!cut) break;
+      parts.push_back({rest.substr(0, cut), i});
+      rest.remove_prefix(cut);
+    }
+    parts.push_back({rest, i});
+  }
+  std::vector<size_t> jobs{0};  // first part of each job, and the number of parts
+  for (size_t i = 0, bytes = 0; i < parts.size(); ++i) {
+    bytes += parts[i].text.size();
+    if (bytes >= kThreadBytes || i + 1 == parts.size()) {
+      jobs.push_back(i + 1);
+      bytes = 0;
+    }
+  }
+  std::vector<IdBuffer> results(jobs.size() - 1);
+  std::vector<uint64_t> sizes(parts.size());
+  std::atomic<size_t> next{0};
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
+  auto work = [&] {
+    try {
+      for (size_t job; (job = next.fetch_add(1)) < results.size() && !failed.load(std::memory_order_relaxed);) {
+        for (size_t i = jobs[job]; i < jobs[job + 1]; ++i) {
+          const size_t before = results[job].size();
+          encode(parts[i].text, results[job]);
+          sizes[i] = results[job].size() - before;
+        }
+      }
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  };
+  std::vector<std::thread> pool;
+  try {
+    for (size_t i = 1; i < threads; ++i) pool.emplace_back(work);
+  } catch (const std::system_error&) {
+    // Fewer threads than wished for: this one does the rest.
+  }
+  work();
+  for (auto& thread : pool) thread.join();
+  if (error) std::rethrow_exception(error);
+
+  size_t ids = 0;
+  for (const auto& result : results) ids += result.size();
+  out.reserve_more(ids);
+  ends.assign(texts.size(), 0);
+  for (size_t i = 0; i < parts.size(); ++i) ends[parts[i].index] += sizes[i];
+  uint64_t at = out.size();
+  for (auto& end : ends) end = at += end;
+  for (auto& result : results) {
+    std::copy(result.data(), result.data() + result.size(), out.data() + out.size());
+    out.set_size(out.size() + result.size());
+    result = IdBuffer();
+  }
+}
+
+size_t Encoder::cache_bytes() const {
+  size_t bytes = 0;
+  for (size_t i = 0; i < kWorkers; ++i) {
+    bool free = false;
+    if (!busy_[i].compare_exchange_strong(free, true, std::memory_order_acquire)) continue;
+    if (workers_[i]) bytes += workers_[i]->cache.memory_bytes();
+    busy_[i].store(false, std::memory_order_release);
+  }
+  return bytes;
+}
+
+}  // namespace fastgpt::bpe

@@ -1,0 +1,112 @@
+// From text to ids: pre-token, cache, merge.
+//
+// Most pre-tokens of a text have been seen before, so each worker holds a cache of whole pre-tokens of up to 15 bytes
+// (99.6 % of English) with their ids: two set-associative tables whose buckets are one cache line, 2 MiB and 4 MiB,
+// filled as pre-tokens come and overwritten in place, so memory is bounded by construction. Misses are looked up whole
+// in the vocabulary and then merged.
+//
+// Thread safety: const methods may be called from any number of threads. A call borrows a worker from a fixed array by
+// one compare-and-swap; nobody ever waits, so a fork while another thread encodes leaves nothing locked.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "bpe/merge.h"
+#include "bpe/scanner.h"
+#include "bpe/vocabulary.h"
+
+namespace fastgpt::bpe {
+
+class WordCache;
+
+// Ids in memory from malloc, grown without being initialised: pages that are never written cost nothing.
+class IdBuffer {
+ public:
+  IdBuffer() = default;
+  IdBuffer(const IdBuffer&) = delete;
+  IdBuffer& operator=(const IdBuffer&) = delete;
+  IdBuffer(IdBuffer&& other) noexcept { swap(other); }
+  IdBuffer& operator=(IdBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~IdBuffer();
+
+  uint32_t* data() { return data_; }
+  const uint32_t* data() const { return data_; }
+  size_t size() const { return size_; }
+  void set_size(size_t size) { size_ = size; }
+  void clear() { size_ = 0; }
+  void reserve_more(size_t more);  // room for that many ids after size(); throws std::bad_alloc
+  void push_back(uint32_t id) {
+    reserve_more(1);
+    data_[size_++] = id;
+  }
+  void shrink();        // gives unused memory back
+  uint32_t* release();  // the memory, to be freed with free(); may be null
+
+ private:
+  void swap(IdBuffer& other) {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(capacity_, other.capacity_);
+  }
+  uint32_t* data_ = nullptr;
+  size_t size_ = 0, capacity_ = 0;
+};
+
+class Encoder {
+ public:
+  // whole_first: a pre-token that is a token gets its id without merging (tiktoken's rule, Hugging Face's
+  // "ignore_merges"). pattern: none where the caller always gives the pre-tokens himself.
+  Encoder(Vocabulary vocabulary, std::optional<Pattern> pattern, bool whole_first);
+  ~Encoder();
+
+  const Vocabulary& vocabulary() const { return vocabulary_; }
+  std::optional<Pattern> pattern() const { return pattern_; }
+
+  // Appends the ids of text to out.
+  void encode(std::string_view text, IdBuffer& out) const;
+  // The same for pre-tokens text[begins[i], ends[i]); what lies between them is dropped.
+  void encode_spans(std::string_view text, const uint64_t* begins, const uint64_t* ends, size_t count,
+                    IdBuffer& out) const;
+  // One pre-token, whatever its bytes.
+  void encode_piece(std::string_view piece, IdBuffer& out) const;
+  // How many ids text has, without keeping them.
+  size_t count(std::string_view text) const;
+  // The ids of several texts, one after the other, on up to `threads` threads; ends[i] is where text i ends in out.
+  void encode_batch(const std::vector<std::string_view>& texts, size_t threads, IdBuffer& out,
+                    std::vector<uint64_t>& ends) const;
+  // The ends of the pre-tokens of text.
+  void pretokens(std::string_view text, std::vector<uint64_t>& ends) const;
+
+  size_t cache_bytes() const;  // held by workers now
+
+ private:
+  struct Worker;
+  class Borrowed;
+  static constexpr size_t kWorkers = 64;
+
+  template <class Sink>
+  void scan_chunks(std::string_view text, const Sink& sink) const;
+  size_t encode_chunk(Worker& worker, const uint8_t* text, size_t size, uint32_t* out) const;
+  size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
+  size_t encode_miss(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
+
+  Vocabulary vocabulary_;
+  std::optional<Pattern> pattern_;
+  bool whole_first_;
+  ScanFn scan_ = nullptr;
+  mutable std::unique_ptr<Worker> workers_[kWorkers];
+  mutable std::atomic<bool> busy_[kWorkers] = {};
+};
+
+}  // namespace fastgpt::bpe

@@ -1,0 +1,136 @@
+#include "bpe/merge.h"
+
+#include <algorithm>
+#include <functional>
+
+namespace fastgpt::bpe {
+namespace {
+
+constexpr size_t kSmall = 64;                   // bytes up to which the scan beats the heap
+constexpr size_t kKeptBytes = size_t{4} << 20;  // scratch memory above this is given back
+
+// Joins by content: tiktoken's rule.
+struct ByBytes {
+  const Vocabulary& vocabulary;
+  Merge operator()(const uint8_t* p, size_t n, uint32_t, uint32_t) const {
+    const uint32_t id = vocabulary.find(p, n);
+    return {id, id};
+  }
+};
+
+// Joins by a list of pairs: the rule of minbpe and of Hugging Face's files.
+struct ByPairs {
+  const Vocabulary& vocabulary;
+  Merge operator()(const uint8_t*, size_t, uint32_t left, uint32_t right) const {
+    return vocabulary.find_merge(left, right);
+  }
+};
+
+template <class Join>
+size_t merge_small(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out) {
+  uint32_t rank[kSmall], joined[kSmall];
+  uint8_t start[kSmall + 1];
+  for (size_t i = 0; i < n; ++i) {
+    out[i] = vocabulary.byte_id(p[i]);
+    start[i] = static_cast<uint8_t>(i);
+  }
+  start[n] = static_cast<uint8_t>(n);
+  auto look = [&](size_t i) {
+    const Merge m = join(p + start[i], start[i + 2] - start[i], out[i], out[i + 1]);
+    rank[i] = m.rank;
+    joined[i] = m.id;
+  };
+  size_t count = n;
+  for (size_t i = 0; i + 1 < count; ++i) look(i);
+  while (count > 1) {
+    size_t best = 0;
+    for (size_t i = 1; i + 1 < count; ++i) {
+      if (rank[i] < rank[best]) best = i;
+    }
+    if (rank[best] == kNone) break;
+    out[best] = joined[best];
+    --count;
+    for (size_t i = best + 1; i < count; ++i) {
+      out[i] = out[i + 1];
+      start[i] = start[i + 1];
+      rank[i] = rank[i + 1];
+      joined[i] = joined[i + 1];
+    }
+    start[count] = static_cast<uint8_t>(n);
+    if (best + 1 < count) look(best);
+    if (best) look(best - 1);
+  }
+  return count;
+}
+
+template <class Join>
+size_t merge_large(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out,
+                   MergeScratch& scratch) {
+  using Node = MergeScratch::Node;
+  const uint32_t size = static_cast<uint32_t>(n);
+  std::vector<Node>& nodes = scratch.nodes;
+  std::vector<uint64_t>& heap = scratch.heap;
+  nodes.resize(n);
+  heap.clear();
+  heap.reserve(n);
+  auto look = [&](uint32_t at) {  // refreshes the rank of joining the node at `at` with the next one
+    Node& node = nodes[at];
+    node.rank = kNone;
+    if (node.next == size) return;
+    const Node& next = nodes[node.next];
+    const Merge m = join(p + at, next.next - at, node.id, next.id);
+    node.rank = m.rank;
+    node.joined = m.id;
+  };
+  for (uint32_t i = 0; i < size; ++i) {
+    nodes[i] = {vocabulary.byte_id(p[i]), kNone, kNone, i + 1, i ? i - 1 : kNone};
+  }
+  for (uint32_t i = 0; i + 1 < size; ++i) {
+    look(i);
+    if (nodes[i].rank != kNone) heap.push_back(uint64_t{nodes[i].rank} << 32 | i);
+  }
+  std::make_heap(heap.begin(), heap.end(), std::greater<>());
+  auto push = [&](uint32_t at) {
+    if (nodes[at].rank == kNone) return;
+    heap.push_back(uint64_t{nodes[at].rank} << 32 | at);
+    std::push_heap(heap.begin(), heap.end(), std::greater<>());
+  };
+  while (!heap.empty()) {
+    const uint32_t rank = static_cast<uint32_t>(heap.front() >> 32), at = static_cast<uint32_t>(heap.front());
+    std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+    heap.pop_back();
+    if (nodes[at].rank != rank) continue;  // changed since, or joined into its left neighbour
+    const uint32_t gone = nodes[at].next;
+    nodes[at].id = nodes[at].joined;
+    nodes[at].next = nodes[gone].next;
+    nodes[gone].rank = kNone;
+    if (nodes[at].next != size) nodes[nodes[at].next].previous = at;
+    look(at);
+    push(at);
+    if (nodes[at].previous != kNone) {
+      look(nodes[at].previous);
+      push(nodes[at].previous);
+    }
+  }
+  size_t count = 0;
+  for (uint32_t i = 0; i != size; i = nodes[i].next) out[count++] = nodes[i].id;
+  if (nodes.capacity() * sizeof(Node) > kKeptBytes) std::vector<Node>().swap(nodes);
+  if (heap.capacity() * sizeof(uint64_t) > kKeptBytes) std::vector<uint64_t>().swap(heap);
+  return count;
+}
+
+template <class Join>
+size_t merge_with(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out,
+                  MergeScratch& scratch) {
+  if (n <= kSmall) return merge_small(vocabulary, join, p, n, out);
+  return merge_large(vocabulary, join, p, n, out, scratch);
+}
+
+}  // namespace
+
+size_t merge_piece(const Vocabulary& vocabulary, const uint8_t* p, size_t n, uint32_t* out, MergeScratch& scratch) {
+  if (vocabulary.has_merges()) return merge_with(vocabulary, ByPairs{vocabulary}, p, n, out, scratch);
+  return merge_with(vocabulary, ByBytes{vocabulary}, p, n, out, scratch);
+}
+
+}  // namespace fastgpt::bpe

@@ -1,0 +1,4 @@
+#include "bpe/scanner_isa.h"
+namespace fastgpt::bpe {
+const ScannerTable* avx512_scanners() { return nullptr; }
+}  // namespace fastgpt::bpe

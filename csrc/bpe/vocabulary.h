@@ -1,0 +1,101 @@
+// A byte-level BPE vocabulary: token bytes <-> ids, looked up by content.
+//
+// A token's rank is its id: of the pairs of neighbours whose joined bytes are a token, the one with the lowest id is
+// merged first, the leftmost of equals. That is tiktoken's rule; for ids that were handed out in the order of the
+// merges, as minbpe and our trainer do, it gives what the list of merges gives. A vocabulary can instead carry the list
+// itself (`merges`): then only listed pairs merge, in the list's order, and ids may be in any order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace fastgpt::bpe {
+
+inline constexpr uint32_t kNone = 0xFFFFFFFFu;  // no token; greater than every rank
+inline constexpr uint32_t kMaxId = (1u << 30) - 1;
+
+// The first n <= 8 bytes at p as a number, the rest zero. p must be readable for 8 bytes.
+inline uint64_t load_upto8(const uint8_t* p, size_t n) {
+  uint64_t word;
+  std::memcpy(&word, p, 8);
+  return n >= 8 ? word : word & ((uint64_t{1} << (8 * n)) - 1);
+}
+
+inline uint64_t mix(uint64_t key) {
+  key *= 0x9E3779B97F4A7C15u;
+  return key ^ (key >> 32);
+}
+
+uint64_t hash_bytes(const uint8_t* p, size_t n);
+
+struct Merge {
+  uint32_t rank;
+  uint32_t id;  // of the result
+};
+
+class Vocabulary {
+ public:
+  static constexpr size_t kPadding = 16;  // bytes that must be readable after any text given to find
+
+  // tokens: (bytes, id), each once, every single byte among them. merges: empty, or pairs of ids in order of rank, each
+  // with a joined token. Throws std::invalid_argument otherwise.
+  Vocabulary(std::vector<std::pair<std::string, uint32_t>> tokens,
+             const std::vector<std::pair<uint32_t, uint32_t>>& merges);
+
+  // The id of the token with these bytes, or kNone. p[0, n + kPadding) must be readable.
+  uint32_t find(const uint8_t* p, size_t n) const;
+
+  // The same for bytes without padding.
+  uint32_t find(std::string_view bytes) const;
+
+  // The bytes of a token; empty when there is no such id.
+  std::string_view bytes(uint32_t id) const {
+    if (id >= slots_) return {};
+    return {arena_.data() + offsets_[id], offsets_[id + 1] - offsets_[id]};
+  }
+
+  uint32_t byte_id(uint8_t byte) const { return byte_ids_[byte]; }
+  bool has_merges() const { return !pair_keys_.empty(); }
+  Merge find_merge(uint32_t left, uint32_t right) const;
+
+  uint32_t slots() const { return slots_; }  // greatest id + 1
+  size_t count() const { return count_; }
+  size_t max_token_bytes() const { return max_token_bytes_; }
+
+ private:
+  struct Short {  // 3 to 8 bytes
+    uint64_t key;
+    uint32_t id;
+    uint32_t length;  // 0: empty
+  };
+  struct Medium {  // 9 to 16 bytes
+    uint64_t low, high;
+    uint32_t id;
+    uint32_t length;
+  };
+  struct Long {
+    uint64_t hash;
+    uint32_t id;
+    uint32_t length;
+  };
+
+  std::string arena_;  // tokens in order of id, and kPadding more bytes
+  std::vector<uint32_t> offsets_;
+  uint32_t slots_ = 0;
+  size_t count_ = 0;
+  size_t max_token_bytes_ = 0;
+  std::vector<uint32_t> byte_ids_;      // 256
+  std::vector<uint32_t> two_byte_ids_;  // 65536, by the two bytes as a little-endian number
+  std::vector<Short> short_;
+  std::vector<Medium> medium_;
+  std::vector<Long> long_;
+  std::vector<uint64_t> pair_keys_;  // left << 32 | right; all ones: empty
+  std::vector<Merge> pair_merges_;
+};
+
+}  // namespace fastgpt::bpe
