@@ -1,11 +1,22 @@
 """KVCache: cached and uncached logits agree in fp32 and bf16, in whatever pieces the text is read; growth, truncation and bad use."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from fastgpt.infer import KVCache
 from fastgpt.infer.cache import LayerKVCache
 from fastgpt.model import GPT, GPTConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose a lot to them on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(**changes) -> GPT:

@@ -1,6 +1,7 @@
 """generate, generate_text and load_run: against the uncached model, beyond block_size, as whole characters, and errors."""
 
 import codecs
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ import torch
 from fastgpt.errors import UserError
 from fastgpt.infer import generate, generate_text, load_run, sample_logits
 from fastgpt.model import GPT, GPTConfig, save_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose a lot to them on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(**changes) -> GPT:

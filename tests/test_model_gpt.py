@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,6 +10,15 @@ import torch.nn.functional as F
 
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, GPTConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose a lot to them on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class ReferenceBlock(torch.nn.Module):
