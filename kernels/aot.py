@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import activation, cross_entropy, launch, layer_norm, softmax
+from fastgpt.kernels import activation, attention, attention_backward, cross_entropy, launch, layer_norm, softmax
 
 ARCHITECTURES = (80, 90, 100)
 HALF, FULL = torch.bfloat16, torch.float32
@@ -56,6 +56,24 @@ def activation_calls() -> Calls:
         yield f"{NAMES[dtype]} {kind} backward", lambda x=x, kind=kind: activation.activation_backward(kind, x, x)
 
 
+def attention_calls() -> Calls:
+    """Grouped heads, every padded head size and one that is not a power of two; float32 exact and, at 64 and 128, in TF32."""
+    sizes = [(dtype, "highest", dim) for dtype in (HALF, FULL) for dim in (16, 32, 64, 80, 128, 256)]
+    sizes += [(FULL, "high", dim) for dim in (64, 128)]
+    for (dtype, precision, dim), is_causal in itertools.product(sizes, (True, False)):
+        q, k = meta(8, 12, 1024, dim, dtype=dtype), meta(8, 4, 1024, dim, dtype=dtype)
+        lse = meta(8, 12, 1024, dtype=FULL)
+        what = f"{NAMES[dtype]}{' tf32' * (precision == 'high')} {dim}{' causal' * is_causal}"
+        torch.set_float32_matmul_precision(precision)
+        yield what, lambda q=q, k=k, c=is_causal: attention.attention(q, k, k, c, 0.125)
+        yield f"{what} decode", lambda q=q, k=k, c=is_causal: attention.attention(q[:, :, :1], k, k, c, 0.125)
+        yield (
+            f"{what} backward",
+            lambda q=q, k=k, s=lse, c=is_causal: attention_backward.attention_backward(q, q, k, k, q, s, c, 0.125),
+        )
+    torch.set_float32_matmul_precision("highest")
+
+
 def cross_entropy_calls() -> Calls:
     for dtype, classes, smoothing in itertools.product((HALF, FULL), (65, 50304), (0.0, 0.1)):
         x, target, lse = meta(8192, classes, dtype=dtype), meta(8192, dtype=torch.int64), meta(8192, dtype=FULL)
@@ -80,6 +98,7 @@ def layer_norm_calls() -> Calls:
 
 CALLS: dict[str, Callable[[], Calls]] = {
     "activation": activation_calls,
+    "attention": attention_calls,
     "cross_entropy": cross_entropy_calls,
     "layer_norm": layer_norm_calls,
     "softmax": softmax_calls,

@@ -114,3 +114,27 @@ def _cross_entropy_backward(
         raise NotCovered("logits without classes")
     tensors = (grad, logits, target, lse)
     return _run("cross_entropy", "cross_entropy_backward", tensors, *tensors, ignore_index, reduction, label_smoothing)
+
+
+def _attention_covers(*tensors: Tensor) -> None:
+    kernels = importlib.import_module("fastgpt.kernels.attention")
+    if len({x.dtype for x in tensors}) > 1:
+        raise NotCovered(f"mixed dtypes {[x.dtype for x in tensors]}")
+    if tensors[0].shape[-1] > kernels.MAX_DIM:
+        raise NotCovered(f"a head size of {tensors[0].shape[-1]}; covered are sizes up to {kernels.MAX_DIM}")
+
+
+@implement("attention", "triton")
+def _attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    _attention_covers(query, key, value)
+    tensors = (query, key, value)
+    return _run("attention", "attention", tensors, *tensors, is_causal, scale)
+
+
+@implement("attention_backward", "triton")
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _attention_covers(grad, query, key, value, out)
+    tensors = (grad, query, key, value, out, lse)
+    return _run("attention_backward", "attention_backward", tensors, *tensors, is_causal, scale)

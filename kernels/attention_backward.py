@@ -1,0 +1,216 @@
+"""The gradient of attention in tiles, computing the probabilities again from the forward's lse (arXiv 2205.14135, appendix B.4).
+
+    P = exp(scale * query key^T - lse);   delta = rowsum(dO * O);   dS = P * (dO value^T - delta)
+    dV = P^T dO;   dK = scale * dS^T query;   dQ = scale * dS key
+
+Three kernels: delta; dK and dV by a program for each block of keys, which walks over the queries of all heads that share them; dQ by a
+program for each block of queries. So no two programs add to the same place, results are the same bits on every run, at the price of
+seven matrix products instead of five. Layouts, masks and types as in attention.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.attention import LOG2_E, block_d, heads_inside, key_range, load_rows, rows_together, store_rows
+from fastgpt.kernels.launch import dot_precision, operand
+
+__all__ = ["attention_backward"]
+
+# (BLOCK_M, BLOCK_N, warps) by the padded head size: dK and dV, then dQ
+TILES_KV = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)}
+TILES_Q = {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)}
+TILES_KV_FP32 = {16: (32, 64, 4), 32: (32, 64, 4), 64: (32, 32, 4), 128: (16, 16, 8), 256: (16, 16, 8)}
+TILES_Q_FP32 = {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 8), 256: (16, 16, 8)}
+
+
+# left to itself ptxas spills a few registers of the float32 kernel to fit more of them on a multiprocessor; an option of NVIDIA's only
+NO_LIMIT = {} if torch.version.hip else {"maxnreg": 255}
+
+
+@triton.jit
+def attention_delta_kernel(
+    out_ptr, grad_ptr, delta_ptr, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, heads, queries, dim,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """rowsum(dO * O) of BLOCK_M queries of one head a program."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    out_ptr += batch * stride_ob + head * stride_oh
+    grad_ptr += batch * stride_gb + head * stride_gh
+    out = load_rows(out_ptr, m, queries, stride_ot, d, dim, False, tl.float32)
+    grad = load_rows(grad_ptr, m, queries, stride_gt, d, dim, False, tl.float32)
+    tl.store(delta_ptr + batch_head * queries + m, tl.sum(out * grad, axis=1), mask=m < queries)
+
+
+@triton.jit
+def _add_to_keys(
+    dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, stride_q, stride_g, start, stop, queries, n, offset, d, dim, scale_log2,
+    MASKED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK (unscaled) and dV of one block of keys from the queries from `start` to `stop` of one head; scores lie transposed."""
+    for start_m in range(start, stop, BLOCK_M):
+        m = start_m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, m, queries, stride_q, d, dim, EVEN_D, OPERAND)
+        lse = tl.load(lse_ptr + m, mask=m < queries, other=float("inf"))  # probability 0 below the last query
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # (BLOCK_N, BLOCK_M)
+        p = tl.exp2(s - (lse * LOG2_E)[None, :])
+        if MASKED:
+            p = tl.where(n[:, None] <= (m + offset)[None, :], p, 0.0)
+        grad = load_rows(grad_ptr, m, queries, stride_g, d, dim, EVEN_D, OPERAND)
+        dv = tl.dot(p.to(OPERAND), grad, dv, input_precision=PRECISION)
+        delta = tl.load(delta_ptr + m, mask=m < queries, other=0.0)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(OPERAND), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def attention_bwd_kv_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh,
+    stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt, heads, group,
+    queries, keys, dim, scale, IS_CAUSAL: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_N keys of one key head a program; both gradients have the strides stride_d*."""
+    blocks = tl.cdiv(keys, BLOCK_N)
+    kv_heads = heads // group
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    first = tl.program_id(0) % blocks * BLOCK_N  # under a causal mask the first keys are seen most: they start first
+    n = first + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    offset = keys - queries
+    k = load_rows(k_ptr + batch * stride_kb + kv_head * stride_kh, n, keys, stride_kt, d, dim, EVEN_D, OPERAND)
+    v = load_rows(v_ptr + batch * stride_vb + kv_head * stride_vh, n, keys, stride_vt, d, dim, EVEN_D, OPERAND)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    scale_log2 = scale * LOG2_E
+
+    start = 0  # queries before it see none of these keys, those from `full` on see all of them
+    full = 0
+    if IS_CAUSAL:
+        start = tl.maximum(first - offset, 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
+    for member in range(group):
+        head = kv_head * group + member
+        q_head = q_ptr + batch * stride_qb + head * stride_qh
+        grad_head = grad_ptr + batch * stride_gb + head * stride_gh
+        rows = (batch * heads + head) * queries
+        if IS_CAUSAL:
+            dk, dv = _add_to_keys(
+                dk, dv, k, v, q_head, grad_head, lse_ptr + rows, delta_ptr + rows, stride_qt, stride_gt, start,
+                tl.minimum(full, queries), queries, n, offset, d, dim, scale_log2, True, EVEN_D, BLOCK_M, OPERAND, PRECISION,
+            )  # fmt: skip
+        dk, dv = _add_to_keys(
+            dk, dv, k, v, q_head, grad_head, lse_ptr + rows, delta_ptr + rows, stride_qt, stride_gt, full, queries, queries, n,
+            offset, d, dim, scale_log2, False, EVEN_D, BLOCK_M, OPERAND, PRECISION,
+        )  # fmt: skip
+    out = batch * stride_db + kv_head * stride_dh
+    store_rows(dk_ptr + out, dk * scale, n, keys, stride_dt, d, dim)
+    store_rows(dv_ptr + out, dv, n, keys, stride_dt, d, dim)
+
+
+@triton.jit
+def _add_to_queries(
+    dq, q, grad, lse2, delta, k_ptr, v_ptr, stride_k, stride_v, start, stop, keys, last, d, dim, scale_log2,
+    IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ (unscaled) of one block of queries from the keys from `start` to `stop`."""
+    for start_n in range(start, stop, BLOCK_N):
+        n = start_n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, n, keys, stride_k, d, dim, EVEN_D, OPERAND)
+        v = load_rows(v_ptr, n, keys, stride_v, d, dim, EVEN_D, OPERAND)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # (BLOCK_M, BLOCK_N)
+        p = tl.exp2(s - lse2[:, None])
+        if MASKED:
+            seen = (n < keys)[None, :]
+            if IS_CAUSAL:
+                seen = seen & (n[None, :] <= last[:, None])
+            p = tl.where(seen, p, 0.0)
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(OPERAND), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def attention_bwd_q_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt, heads, group, queries, keys,
+    dim, scale, IS_CAUSAL: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M queries of one head a program; under a causal mask those that see most keys first."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    block = blocks - 1 - tl.program_id(0) % blocks
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    last = m + keys - queries
+    q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, m, queries, stride_qt, d, dim, EVEN_D, OPERAND)
+    grad = load_rows(grad_ptr + batch * stride_gb + head * stride_gh, m, queries, stride_gt, d, dim, EVEN_D, OPERAND)
+    rows = batch_head * queries + m
+    lse2 = tl.load(lse_ptr + rows, mask=m < queries, other=float("inf")) * LOG2_E
+    delta = tl.load(delta_ptr + rows, mask=m < queries, other=0.0)
+    k_ptr += batch * stride_kb + head // group * stride_kh
+    v_ptr += batch * stride_vb + head // group * stride_vh
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    scale_log2 = scale * LOG2_E
+    full, stop = key_range(block * BLOCK_M, queries, keys, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    dq = _add_to_queries(
+        dq, q, grad, lse2, delta, k_ptr, v_ptr, stride_kt, stride_vt, 0, full, keys, last, d, dim, scale_log2,
+        IS_CAUSAL, False, EVEN_D, BLOCK_N, OPERAND, PRECISION,
+    )  # fmt: skip
+    dq = _add_to_queries(
+        dq, q, grad, lse2, delta, k_ptr, v_ptr, stride_kt, stride_vt, full, stop, keys, last, d, dim, scale_log2,
+        IS_CAUSAL, True, EVEN_D, BLOCK_N, OPERAND, PRECISION,
+    )  # fmt: skip
+    store_rows(dq_ptr + batch * stride_db + head * stride_dh, dq * scale, m, queries, stride_dt, d, dim)
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value from that of the result, and from the forward's out and lse.
+
+    Args:
+        grad, query, out: (B, H, Tq, D); key, value: (B, H_kv, Tk, D); one dtype, any strides (copied where D's is not 1).
+        lse: (B, H, Tq) float32.
+
+    Returns:
+        dQ, dK, dV of the shapes and dtype of query, key and value, in memory (B, T, H, D).
+    """
+    g, q, k, v, o = (rows_together(x) for x in (grad, query, key, value, out))
+    dq, dk, dv = heads_inside(q), heads_inside(k), heads_inside(v)
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    width, exact = block_d(dim), q.dtype == torch.float32
+    attention_delta_kernel[(triton.cdiv(queries, 32) * batch * heads,)](
+        o, g, delta, *o.stride()[:3], *g.stride()[:3], heads, queries, dim, 32, width, num_warps=4
+    )
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3])
+    sizes = (heads, heads // kv_heads, queries, keys, dim, scale, is_causal, dim == width)
+    types = (operand(q), dot_precision(q))
+    block_m, block_n, warps = (TILES_KV_FP32 if exact else TILES_KV)[width]
+    attention_bwd_kv_kernel[(triton.cdiv(keys, block_n) * batch * kv_heads,)](
+        q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], *sizes, block_m, block_n, width, *types,
+        num_warps=warps, num_stages=2, **(NO_LIMIT if exact else {}),
+    )  # fmt: skip
+    block_m, block_n, warps = (TILES_Q_FP32 if exact else TILES_Q)[width]
+    attention_bwd_q_kernel[(triton.cdiv(queries, block_m) * batch * heads,)](
+        q, k, v, g, lse, delta, dq, *strides, *dq.stride()[:3], *sizes, block_m, block_n, width, *types,
+        num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    return dq, dk, dv
