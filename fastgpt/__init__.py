@@ -17,17 +17,27 @@ _LAZY = {
     "Tokenizer": "fastgpt.tokenizer",
     "CharTokenizer": "fastgpt.tokenizer",
     "load_tokenizer": "fastgpt.tokenizer",
+    "get_encoding": "fastgpt.tokenizer",
     "GPT": "fastgpt.model",
     "GPTConfig": "fastgpt.model",
 }
 _SUBMODULES = ("data", "infer", "model", "nn", "ops", "tokenizer", "train")
 
-__all__ = ["GPT", "CharTokenizer", "GPTConfig", "Tokenizer", "__version__", "load_tokenizer", *_SUBMODULES]
+__all__ = [
+    "GPT",
+    "CharTokenizer",
+    "GPTConfig",
+    "Tokenizer",
+    "__version__",
+    "get_encoding",
+    "load_tokenizer",
+    *_SUBMODULES,
+]
 
 if TYPE_CHECKING:
     from fastgpt import data, infer, model, nn, ops, tokenizer, train
     from fastgpt.model import GPT, GPTConfig
-    from fastgpt.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+    from fastgpt.tokenizer import CharTokenizer, Tokenizer, get_encoding, load_tokenizer
 
 
 def __getattr__(name: str) -> Any:

@@ -114,7 +114,7 @@ def test_any_number_of_threads_and_order_gives_the_same(tmp_path: Path) -> None:
 
 
 def test_files_in_parts_give_what_the_text_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgpt.tokenizer.training._BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("fastgpt.tokenizer.texts._BLOCK_BYTES", 20_000)
     text = shared("data/tinyshakespeare.txt").read_text()[:200_000] + "中文字符é  \n\n  x" * 500
     (tmp_path / "text.txt").write_text(text)
     for pattern in ("gpt2", "cl100k_base", "o200k_base", r"\S+|\s+"):

@@ -170,23 +170,41 @@ void Encoder::encode(std::string_view text, IdBuffer& out) const {
   });
 }
 
-size_t Encoder::count(std::string_view text) const {
-  if (text.empty()) return 0;
+// Calls word(ids, how many) for every pre-token, until it returns false.
+template <class Word>
+void Encoder::for_each_word(std::string_view text, const Word& word) const {
+  if (text.empty()) return;
   Borrowed worker(*this);
-  IdBuffer word;
-  size_t total = 0;
+  IdBuffer ids;
+  bool more = true;
   scan_chunks(text, [&](const uint8_t* p, size_t size) {
-    size_t pos = 0;
-    while (pos < size) {
+    for (size_t pos = 0; pos < size && more;) {
       const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
-      for (size_t i = 0; i < spans; ++i) {
-        word.reserve_more(worker->ends[i] - pos + kSlackIds);
-        total += encode_word(*worker, p, size, pos, worker->ends[i], word.data());
-        pos = worker->ends[i];
+      for (size_t i = 0; i < spans && more; pos = worker->ends[i++]) {
+        ids.reserve_more(worker->ends[i] - pos + kSlackIds);
+        more = word(ids.data(), encode_word(*worker, p, size, pos, worker->ends[i], ids.data()));
       }
     }
   });
+}
+
+size_t Encoder::count(std::string_view text) const {
+  size_t total = 0;
+  for_each_word(text, [&](const uint32_t*, size_t count) {
+    total += count;
+    return true;
+  });
   return total;
+}
+
+size_t Encoder::prefix_bytes(std::string_view text, size_t max_ids) const {
+  size_t left = max_ids, bytes = 0;
+  if (!left) return 0;
+  for_each_word(text, [&](const uint32_t* ids, size_t count) {
+    for (size_t i = 0; i < count && left; ++i, --left) bytes += vocabulary_.bytes(ids[i]).size();
+    return left > 0;
+  });
+  return bytes;
 }
 
 void Encoder::encode_spans(std::string_view text, const uint64_t* begins, const uint64_t* ends, size_t count,

@@ -82,6 +82,8 @@ class Encoder {
   void encode_piece(std::string_view piece, IdBuffer& out) const;
   // How many ids text has, without keeping them.
   size_t count(std::string_view text) const;
+  // How many bytes of text its first max_ids ids stand for.
+  size_t prefix_bytes(std::string_view text, size_t max_ids) const;
   // The ids of several texts, one after the other, on up to `threads` threads; ends[i] is where text i ends in out.
   void encode_batch(const std::vector<std::string_view>& texts, size_t threads, IdBuffer& out,
                     std::vector<uint64_t>& ends) const;
@@ -95,9 +97,10 @@ class Encoder {
   class Borrowed;
   static constexpr size_t kWorkers = 64;
 
-  template <class Sink>
-  void scan_chunks(std::string_view text, const Sink& sink) const;
-  size_t encode_chunk(Worker& worker, const uint8_t* text, size_t size, uint32_t* out) const;
+  template <class Part>
+  void scan_chunks(std::string_view text, const Part& part) const;
+  template <class Word>
+  void for_each_word(std::string_view text, const Word& word) const;
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
   size_t encode_miss(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
 

@@ -230,6 +230,12 @@ class Bpe {
     return encoder_.count(utf8.view());
   }
 
+  size_t prefix_bytes(py::handle text, size_t max_ids) const {
+    const Utf8 utf8(text);
+    py::gil_scoped_release release;
+    return encoder_.prefix_bytes(utf8.view(), max_ids);
+  }
+
   py::tuple encode_batch_numpy(const py::list& texts, size_t threads) const {
     auto [ids, ends] = batch(texts, threads);
     std::vector<uint64_t> offsets{0};
@@ -483,6 +489,7 @@ PYBIND11_MODULE(_bpe, m) {
       .def("encode_spans", &Bpe::encode_spans, py::arg("text"), py::arg("begins"), py::arg("ends"))
       .def("encode_piece", &Bpe::encode_piece, py::arg("piece"))
       .def("count", &Bpe::count, py::arg("text"))
+      .def("prefix_bytes", &Bpe::prefix_bytes, py::arg("text"), py::arg("max_ids"))
       .def("encode_batch", &Bpe::encode_batch, py::arg("texts"), py::arg("threads"))
       .def("encode_batch_numpy", &Bpe::encode_batch_numpy, py::arg("texts"), py::arg("threads"))
       .def("pretokens", &Bpe::pretokens, py::arg("text"))

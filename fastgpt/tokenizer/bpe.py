@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +21,21 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt._bpe import Bpe
+from fastgpt.tokenizer.decoding import Decoding
 from fastgpt.tokenizer.files import FORMAT, FORMAT_VERSION, read_json, write_json
+from fastgpt.tokenizer.huggingface import read_huggingface, write_huggingface
 from fastgpt.tokenizer.patterns import resolve, splitter
-from fastgpt.tokenizer.stream import StreamDecoder
-from fastgpt.tokenizer.training import split_special, train_merges
+from fastgpt.tokenizer.texts import encode_file, split_special
+from fastgpt.tokenizer.tiktoken_format import read_tiktoken, write_tiktoken
+from fastgpt.tokenizer.training import train_merges
+from fastgpt.tokenizer.unstable import unstable_completions
 
 END_OF_TEXT = "<|endoftext|>"
 
 Special = Literal["all"] | Collection[str]
 
 
-class Tokenizer:
+class Tokenizer(Decoding):
     """Byte-level BPE.
 
     Args:
@@ -230,9 +234,75 @@ class Tokenizer:
         """How many ids `encode_ordinary` gives for a text, in memory that does not grow with it."""
         return self._bpe.count(text) if self.pattern_name else len(self._run(text, frozenset()))
 
+    def truncate(self, text: str, max_tokens: int) -> str:
+        """The longest beginning of a text, in whole characters, that the first max_tokens ids of the text cover.
+
+        `count` of it is at most max_tokens: where cutting a piece gives it more ids, it is cut further. Surrogates are
+        replaced as in encoding.
+
+        Raises:
+            ValueError: max_tokens is negative.
+        """
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens: got {max_tokens}, expected at least 0")
+        text = without_surrogates(text)
+        if self.pattern_name:
+            kept = self._bpe.prefix_bytes(text, max_tokens)
+            prefix = text if kept >= len(text.encode()) else text.encode()[:kept].decode("utf-8", "ignore")
+        elif len(ids := self._run(text, frozenset())) <= max_tokens:
+            return text
+        else:
+            prefix = self.decode_bytes(ids[:max_tokens]).decode("utf-8", "ignore")
+        while self.count(prefix) > max_tokens:
+            prefix = prefix[:-1]
+        return prefix
+
+    def encode_piece(self, piece: bytes) -> list[int]:
+        """The ids of bytes taken as one pre-token."""
+        return self._bpe.encode_piece(piece)
+
+    def encode_with_unstable(
+        self, text: str, allowed_special: Special = frozenset(), disallowed_special: Special = "all"
+    ) -> tuple[list[int], list[list[int]]]:
+        """The ids of a text that stay whatever follows it, and the sequences that may go on from them; as in tiktoken.
+
+        For every sequence, the bytes of the stable ids and of the sequence begin with the text.
+        """
+        allowed = self._check_special(text, allowed_special, disallowed_special)
+        text = without_surrogates(text)
+        ids = self._run(text, allowed).tolist()
+        *_, (last_part, _) = split_special(text, allowed)
+        pieces = self.pretokens(last_part)
+        last_piece_ids = len(self._bpe.encode_piece(pieces[-1].encode())) if pieces else 0
+        return unstable_completions(self, ids, last_piece_ids, self.token_byte_values())
+
+    def encode_file(
+        self,
+        path: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        *,
+        num_threads: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Encodes a UTF-8 file into a file of ids, in bounded memory, and returns how many ids there are.
+
+        The ids are little-endian, uint16 where n_vocab is at most 65536 and uint32 otherwise, with nothing before or
+        after them; special tokens are text like any other. The file appears under its name when it is whole.
+
+        Args:
+            path: the text.
+            out: the file of ids; replaced where it exists.
+            num_threads: default the machine's.
+            progress: called now and then with the bytes done and all bytes.
+
+        Raises:
+            ValueError: the file is not UTF-8. OSError: reading or writing failed.
+        """
+        return encode_file(self, path, out, _threads(num_threads), progress)
+
     def pretokens(self, text: str) -> list[str]:
         """The pieces that the pattern cuts a text into. Surrogates are replaced as in encoding."""
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         if self.pattern_name:
             data = text.encode()
             ends = self._bpe.pretokens(text).tolist()
@@ -265,7 +335,7 @@ class Tokenizer:
         """The ids of a text, with some special tokens allowed."""
         if self.pattern_name:
             return self._bpe.encode_numpy(text, allowed) if allowed else self._bpe.encode_ordinary_numpy(text)
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         split = splitter(self.pattern)
         if not allowed:
             return self._bpe.encode_spans(text, *split.spans(text))
@@ -275,72 +345,6 @@ class Tokenizer:
             if special is not None:
                 parts.append(np.array([self.special_tokens[special]], dtype=np.uint32))
         return np.concatenate(parts)
-
-    # ---- decoding
-
-    def decode(self, ids: Sequence[int] | npt.NDArray[Any], errors: str = "replace") -> str:
-        """The text of ids, a sequence of int or an integer array; `errors` is for bytes that are no UTF-8, as in
-        bytes.decode.
-
-        Raises:
-            KeyError: an id is not in the vocabulary. TypeError: ids are no integers.
-        """
-        return self._bpe.decode(ids, errors)
-
-    def decode_bytes(self, ids: Sequence[int] | npt.NDArray[Any]) -> bytes:
-        """The bytes of ids; raises as decode does."""
-        return self._bpe.decode_bytes(ids)
-
-    def decode_single_token_bytes(self, id: int) -> bytes:
-        """The bytes of one token, special or not.
-
-        Raises:
-            KeyError: there is no such id.
-        """
-        return self._bpe.token_bytes(id)
-
-    def decode_tokens_bytes(self, ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each of the ids."""
-        return [self._bpe.token_bytes(id) for id in ids]
-
-    def decode_with_offsets(self, ids: Sequence[int]) -> tuple[str, list[int]]:
-        """The text of ids and where in it, in characters, each token begins.
-
-        A token that begins inside a character begins, for this purpose, with that character.
-
-        Raises:
-            UnicodeDecodeError: the ids are no valid UTF-8.
-        """
-        offsets, length = [], 0
-        pieces = self.decode_tokens_bytes(ids)
-        for piece in pieces:
-            offsets.append(max(0, length - (0x80 <= piece[0] < 0xC0)))
-            length += sum(1 for byte in piece if not 0x80 <= byte < 0xC0)
-        return b"".join(pieces).decode("utf-8", "strict"), offsets
-
-    def decode_batch(
-        self, batch: Sequence[Sequence[int]], *, errors: str = "replace", num_threads: int | None = None
-    ) -> list[str]:
-        """`decode` of several lists of ids. num_threads is accepted for tiktoken's sake; decoding is not worth
-        threads."""
-        return [self._bpe.decode(ids, errors) for ids in batch]
-
-    def decode_bytes_batch(self, batch: Sequence[Sequence[int]], *, num_threads: int | None = None) -> list[bytes]:
-        """`decode_bytes` of several lists of ids; num_threads as in decode_batch."""
-        return [self._bpe.decode_bytes(ids) for ids in batch]
-
-    def stream_decoder(self) -> StreamDecoder:
-        """A decoder for ids that come one at a time; it gives whole characters only."""
-        return StreamDecoder(self._bpe.token_bytes)
-
-    def stream_decode(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ids as they come, whole characters only; joined, it is `decode` of them all."""
-        decoder = self.stream_decoder()
-        for id in ids:
-            if piece := decoder.push(id):
-                yield piece
-        if piece := decoder.finish():
-            yield piece
 
     # ---- making and keeping
 
@@ -447,6 +451,55 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
             raise ValueError(f"{os.fspath(path)}: damaged tokenizer: {error}") from error
 
+    @classmethod
+    def from_tiktoken(
+        cls,
+        path: str | os.PathLike[str],
+        pattern: str,
+        special_tokens: Mapping[str, int] | None = None,
+        *,
+        name: str | None = None,
+    ) -> Tokenizer:
+        """Reads a .tiktoken vocabulary; pattern and special tokens, which the file does not hold, are given.
+
+        Raises:
+            ValueError: it is no such file; path, line and reason are named. OSError: it cannot be read.
+        """
+        tokens = read_tiktoken(path)
+        try:
+            return cls(tokens, pattern=pattern, special_tokens=special_tokens, name=name or Path(path).stem)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def save_tiktoken(self, path: str | os.PathLike[str]) -> None:
+        """Writes the ordinary tokens as a .tiktoken file. Pattern and special tokens have no place in it.
+
+        Raises:
+            ValueError: this tokenizer joins by a list of merges, which such a file cannot say.
+        """
+        if self._merges:
+            raise ValueError("save_tiktoken: this tokenizer has a list of merges; a .tiktoken file only has ranks")
+        write_tiktoken(path, self._tokens)
+
+    @classmethod
+    def from_huggingface(cls, path: str | os.PathLike[str], *, name: str | None = None) -> Tokenizer:
+        """Reads a byte-level BPE tokenizer.json, or a folder with it or with vocab.json and merges.txt.
+
+        What is read and what is refused: fastgpt/tokenizer/huggingface.py.
+
+        Raises:
+            ValueError: it is something else; path and reason are named. OSError: a file cannot be read.
+        """
+        arguments = read_huggingface(path)
+        try:
+            return cls(arguments.pop("tokens"), name=name or Path(path).stem, **arguments)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def save_huggingface(self, path: str | os.PathLike[str]) -> None:
+        """Writes a tokenizer.json for Hugging Face's libraries, which then give the same ids."""
+        write_huggingface(self, path)
+
     def __reduce__(self) -> tuple[Any, ...]:
         state = (self._tokens, self.pattern, self.special_tokens, self.name, self._merges or None, self.whole_first)
         return _rebuild, state
@@ -474,7 +527,7 @@ def _threads(num_threads: int | None) -> int:
     return num_threads
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """The text as it is encoded: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
     if not isinstance(text, str):
         raise TypeError(f"text: got {type(text).__name__}, expected str")

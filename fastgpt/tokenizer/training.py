@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from fastgpt._bpe import Trainer, safe_cut
+from fastgpt._bpe import Trainer
 from fastgpt.tokenizer.patterns import resolve, splitter
+from fastgpt.tokenizer.texts import read_parts, split_special
 
-_BLOCK_BYTES = 8 << 20
-
-
-def split_special(text: str, tokens: Collection[str]) -> Iterator[tuple[str, str | None]]:
-    """The pieces of a text between special tokens, each with the token that follows it; None after the last piece.
-
-    Of tokens that begin at the same place, the longest counts.
-    """
-    import re
-
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
-    begin = 0
-    for match in pattern.finditer(text) if tokens else ():
-        yield text[begin : match.start()], match.group()
-        begin = match.end()
-    yield text[begin:], None
-
-
-def read_parts(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The text of a UTF-8 file in parts of some MB that end where every built-in pattern has a boundary.
-
-    Raises:
-        ValueError: the file is not UTF-8; path and position are named. OSError: it cannot be read.
-    """
-    buffer, read_bytes = b"", 0
-    with open(path, "rb") as file:
-        while True:
-            block = file.read(max(_BLOCK_BYTES, len(buffer)))  # without a place to cut, ever more
-            buffer += block
-            cut = safe_cut(buffer, len(buffer)) if block else len(buffer)
-            if cut:
-                try:
-                    yield buffer[:cut].decode()
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{os.fspath(path)}: not UTF-8 at byte {read_bytes + error.start}") from error
-                buffer, read_bytes = buffer[cut:], read_bytes + cut
-            if not block:
-                return
+_WAITING_CHARACTERS = 8 << 20  # small texts are counted together, so that threads have something to share
 
 
 def train_merges(
@@ -88,7 +52,7 @@ def train_merges(
             for piece, _ in split_special(part, held):
                 waiting.append(piece)
                 waiting_characters += len(piece)
-            if waiting_characters >= _BLOCK_BYTES:
+            if waiting_characters >= _WAITING_CHARACTERS:
                 flush()
     flush()
     return trainer.train(merges, min_frequency, progress)
