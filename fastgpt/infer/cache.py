@@ -85,10 +85,11 @@ class KVCache:
         ValueError: max_tokens is below 1 or above block_size.
 
     Example:
-        >>> cache = KVCache(model.config)  # doctest: +SKIP
-        >>> logits, _ = model(prompt, cache=cache)  # prompt (1, T): reads it and keeps it  # doctest: +SKIP
-        >>> logits, _ = model(next_token, cache=cache)  # next_token (1, 1)  # doctest: +SKIP
-        >>> cache.length  # T + 1  # doctest: +SKIP
+        >>> cache = KVCache(model.config)
+        >>> logits, _ = model(torch.tensor([[5, 3, 8]]), cache=cache)  # reads three tokens and keeps them
+        >>> logits, _ = model(torch.tensor([[2]]), cache=cache)  # costs one position
+        >>> cache.length
+        4
     """
 
     def __init__(self, config: GPTConfig, max_tokens: int | None = None) -> None:

@@ -29,7 +29,7 @@ def load_run(
         UserError: the folder is not there, is not a run, has no weights yet, or one of its files cannot be used.
 
     Example:
-        >>> model, tokenizer = load_run("runs/shakespeare")  # doctest: +SKIP
+        >>> model, tokenizer = load_run("runs/shakespeare")
     """
     from fastgpt.tokenizer import load_tokenizer
 

@@ -86,8 +86,8 @@ class BigramModel:
 
     Example:
         >>> model = BigramModel().fit([0, 1] * 50, vocab_size=2)
-        >>> round(float(model.probabilities([0], [1])[0]), 2)
-        0.99
+        >>> bool(model.probabilities([0], [1])[0] > 0.99)
+        True
     """
 
     def __init__(self) -> None:

@@ -41,7 +41,9 @@ def save_model(model: GPT, path: str | os.PathLike[str]) -> None:
             untouched.
 
     Example:
-        >>> save_model(model, "model.safetensors")  # doctest: +SKIP
+        >>> save_model(model, "model.safetensors")
+        >>> load_model("model.safetensors").config == model.config
+        True
     """
     path = Path(path)
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(model.config.to_dict())}
@@ -78,7 +80,9 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
             configuration says.
 
     Example:
-        >>> model = load_model("runs/shakespeare/model.safetensors")  # doctest: +SKIP
+        >>> save_model(model, "model.safetensors")
+        >>> load_model("model.safetensors").n_params() == model.n_params()
+        True
     """
     path = _weights_file(path)
     config = read_config(path)
@@ -101,7 +105,8 @@ def load_weights(model: GPT, path: str | os.PathLike[str]) -> None:
             leave the weights' meaning alone, dropout and init, may differ).
 
     Example:
-        >>> load_weights(model, "model.safetensors")  # doctest: +SKIP
+        >>> save_model(model, "model.safetensors")
+        >>> load_weights(GPT(model.config), "model.safetensors")
     """
     path = _weights_file(path)
     theirs, ours = read_config(path).to_dict(), model.config.to_dict()

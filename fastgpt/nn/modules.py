@@ -141,7 +141,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     Args of forward:
         input: logits (C), (N, C) or (N, C, d1, ...), classes in dimension 1 as in torch.
-        target: class indices () , (N) or (N, d1, ...), int64; `ignore_index` marks positions that do not count.
+        target: class indices (), (N) or (N, d1, ...), int64; `ignore_index` marks positions that do not count.
 
     Returns:
         The loss in nats: a scalar, or with reduction="none" a tensor of the target's shape.
