@@ -114,8 +114,11 @@ def train(arguments: Sequence[str]) -> int:
         config = load_config(preset=preset, file=file, overrides=given)
 
     from fastgpt.train.heap import keep_pages
+    from fastgpt.train.threads import wait_politely
 
     keep_pages()  # before torch takes its first memory
+    if wait_politely():  # before torch loads OpenMP
+        _say("note: other work is running on these cores, so threads sleep while they wait; a quiet machine is faster")
     from fastgpt.train.run import open_run, start_run
 
     if resume is None:
