@@ -119,7 +119,7 @@ def train(arguments: Sequence[str]) -> int:
     keep_pages()  # before torch takes its first memory
     if wait_politely():  # before torch loads OpenMP
         _say("note: other work is running on these cores, so threads sleep while they wait; a quiet machine is faster")
-    from fastgpt.train.run import open_run, start_run
+    from fastgpt.train.run import locked, open_run, start_run
 
     if resume is None:
         run = start_run(config, Path(out) if out is not None else None, _say)
@@ -130,9 +130,10 @@ def train(arguments: Sequence[str]) -> int:
 
     from fastgpt.train.loop import Trainer
 
-    trainer = Trainer(run, _say)
-    _say(trainer.description)
-    outcome = trainer.fit()
+    with locked(run.folder):
+        trainer = Trainer(run, _say)
+        _say(trainer.description)
+        outcome = trainer.fit()
     if outcome.status == "diverged":
         print(f"fastgpt: error: {outcome.message}", file=sys.stderr)
         return 1

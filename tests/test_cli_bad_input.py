@@ -147,6 +147,19 @@ def test_an_empty_folder_is_fine_as_a_run_folder(tmp_path):
     assert main(arguments(text_file(tmp_path), tmp_path / "run", train__max_steps=1)) == 0
 
 
+def test_a_run_that_another_process_trains(copy, refuses):
+    code = (
+        "import sys; from pathlib import Path; from fastgpt.train.run import locked\n"
+        "with locked(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, copy], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert "another process is training" in refuses("train", "--resume", copy, "--max-steps", "20")
+    other.kill()
+    other.communicate()
+    assert main(["train", "--resume", str(copy)]) == 0
+
+
 def test_a_folder_that_is_no_run(tmp_path, refuses):
     (tmp_path / "photos").mkdir()
     assert "has no config.yaml" in refuses("train", "--resume", tmp_path / "photos")

@@ -14,11 +14,13 @@ trained, tokens written, model configuration valid. A start that fails, for a ba
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,27 @@ def open_run(folder: Path, layers: Sequence[Mapping[str, Any]], overrides: Mappi
             f"data/meta.json says {tokens.meta['vocab_size']:,}"
         )
     return Run(folder, config, tokenizer, tokens)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for one training process; the lock leaves no file and ends with the process, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"another process is training in {folder}; wait for it, or stop it first") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_config(run: Run) -> None:
