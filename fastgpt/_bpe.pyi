@@ -11,6 +11,9 @@ def isa() -> str:
 def safe_cut(data: bytes, limit: int) -> int:
     """The largest position of at most `limit` where every built-in pattern has a boundary; 0 where there is none."""
 
+def pretoken_ends(data: bytes, pattern: str, isa: str) -> npt.NDArray[np.uint64]:
+    """The ends of the pre-tokens of UTF-8 bytes, by the scanner of one instruction set; for tests."""
+
 class Bpe:
     """The encoder and decoder; see fastgpt.tokenizer.Tokenizer."""
 

@@ -14,9 +14,8 @@
 namespace fastgpt::bpe {
 namespace {
 
-constexpr size_t kBatchSpans = 512;                // pre-tokens found before their ids are looked up
-constexpr size_t kMaxScanBytes = size_t{1} << 30;  // a scanner's offsets have 32 bits
-constexpr size_t kThreadBytes = size_t{1} << 20;   // text that is worth handing to another thread
+constexpr size_t kBatchSpans = 512;               // pre-tokens found before their ids are looked up
+constexpr size_t kThreadBytes = size_t{1} << 20;  // text that is worth handing to another thread
 constexpr size_t kSlackIds = WordCache::kMaxIds;
 
 const uint8_t* as_bytes(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }

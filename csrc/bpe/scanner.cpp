@@ -28,24 +28,25 @@ constexpr ScannerTable kPortable = {
      scan<Cl100kToken<1, false>>},
 };
 
-// The table of the environment's or the machine's instruction set.
-const ScannerTable& choose() {
-  const char* wanted = std::getenv("FASTGPT_CPU_ISA");
-  const std::string isa = wanted ? wanted : "";
-  if (!isa.empty() && isa != "portable" && isa != "avx2" && isa != "avx512") {
-    throw std::invalid_argument("FASTGPT_CPU_ISA: got \"" + isa + "\", expected portable, avx2 or avx512");
-  }
-  if (isa == "portable") return kPortable;
+// The table of an instruction set; empty: the best that the machine has.
+const ScannerTable& table_for(const std::string& isa) {
   const ScannerTable* const avx512 = avx512_scanners();
   const ScannerTable* const avx2 = avx2_scanners();
-  if (isa == "avx512" && !avx512) throw std::invalid_argument("FASTGPT_CPU_ISA=avx512: this machine has no AVX-512");
-  if (isa == "avx2" && !avx2) throw std::invalid_argument("FASTGPT_CPU_ISA=avx2: this machine has no AVX2");
-  if (avx512 && isa != "avx2") return *avx512;
-  return avx2 ? *avx2 : kPortable;
+  if (isa.empty()) return avx512 ? *avx512 : avx2 ? *avx2 : kPortable;
+  const ScannerTable* const found = isa == "portable" ? &kPortable
+                                    : isa == "avx2"   ? avx2
+                                    : isa == "avx512" ? avx512
+                                                      : nullptr;
+  if (found) return *found;
+  if (isa == "avx2" || isa == "avx512") throw std::invalid_argument("FASTGPT_CPU_ISA: this machine has no " + isa);
+  throw std::invalid_argument("FASTGPT_CPU_ISA: got \"" + isa + "\", expected portable, avx2 or avx512");
 }
 
 const ScannerTable& table() {
-  static const ScannerTable& chosen = choose();
+  static const ScannerTable& chosen = [&]() -> const ScannerTable& {
+    const char* const wanted = std::getenv("FASTGPT_CPU_ISA");
+    return table_for(wanted ? wanted : "");
+  }();
   return chosen;
 }
 
@@ -64,6 +65,10 @@ Pattern pattern_from_name(std::string_view name) {
 }
 
 ScanFn scanner_for(Pattern pattern) { return table().scan[static_cast<size_t>(pattern)]; }
+
+ScanFn scanner_for(Pattern pattern, const std::string& isa) {
+  return table_for(isa).scan[static_cast<size_t>(pattern)];
+}
 
 const char* scanner_isa() { return table().name; }
 

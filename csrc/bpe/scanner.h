@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 namespace fastgpt::bpe {
@@ -15,13 +16,17 @@ enum class Pattern : uint8_t { kGpt2, kCl100k, kO200k, kLlama3, kQwen2 };
 Pattern pattern_from_name(std::string_view name);
 
 // Scans text[pos, size) from the boundary `pos` on until the text ends or `capacity` ends are written. Returns how many
-// were written; the last of them is where to go on. size is below 2^32, capacity at least kMinScanCapacity.
+// were written; the last of them is where to go on. size is at most kMaxScanBytes, capacity at least kMinScanCapacity.
 using ScanFn = size_t (*)(const uint8_t* text, size_t size, size_t pos, uint32_t* ends, size_t capacity);
 inline constexpr size_t kMinScanCapacity = 128;
+inline constexpr size_t kMaxScanBytes = size_t{1} << 30;  // offsets have 32 bits
 
 // The scanner of this machine's instruction set, or of FASTGPT_CPU_ISA=portable|avx2|avx512. Throws
 // std::invalid_argument for an unknown name or one that the machine lacks.
 ScanFn scanner_for(Pattern pattern);
+
+// The scanner of a given instruction set, for tests of all in one process. Throws std::invalid_argument as above.
+ScanFn scanner_for(Pattern pattern, const std::string& isa);
 
 // "portable", "avx2" or "avx512": what scanner_for chooses.
 const char* scanner_isa();

@@ -13,7 +13,6 @@ namespace fastgpt::bpe {
 namespace {
 
 constexpr size_t kPartBytes = size_t{1} << 20;
-constexpr size_t kMaxScanBytes = size_t{1} << 30;
 constexpr uint32_t kDead = 0xFFFFFFFFu;  // the symbol of a place that was joined into its left neighbour
 constexpr uint32_t kEdge = 0xFFFFFFFEu;  // the symbol between words
 

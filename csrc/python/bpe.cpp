@@ -467,6 +467,22 @@ size_t py_safe_cut(py::handle data, size_t limit) {
   return safe_cut(reinterpret_cast<const uint8_t*>(bytes.view().data()), bytes.view().size(), limit);
 }
 
+// The ends of the pre-tokens of UTF-8 bytes, by the scanner of one instruction set.
+py::array_t<uint64_t> pretoken_ends(py::handle data, const std::string& pattern, const std::string& isa) {
+  const ScanFn scan = scanner_for(pattern_from_name(pattern), isa);
+  const Bytes bytes(data);
+  const uint8_t* const text = reinterpret_cast<const uint8_t*>(bytes.view().data());
+  const size_t size = bytes.view().size();
+  if (size > kMaxScanBytes) throw std::length_error("data: more than 1 GiB");
+  std::vector<uint64_t> found;
+  uint32_t ends[kMinScanCapacity];
+  for (size_t pos = 0; pos < size; pos = found.back()) {
+    const size_t n = scan(text, size, pos, ends, kMinScanCapacity);
+    found.insert(found.end(), ends, ends + n);
+  }
+  return to_numpy(found);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_bpe, m) {
@@ -474,6 +490,8 @@ PYBIND11_MODULE(_bpe, m) {
   m.attr("unicode_version") = kUnicodeVersion;
   m.def("isa", &scanner_isa, "The instruction set of the scanners: portable, avx2 or avx512.");
   m.def("safe_cut", &py_safe_cut, py::arg("data"), py::arg("limit"));
+
+  m.def("pretoken_ends", &pretoken_ends, py::arg("data"), py::arg("pattern"), py::arg("isa"));
 
   py::class_<Bpe>(m, "Bpe")
       .def(py::init<const py::dict&, const std::vector<std::pair<std::string, uint32_t>>&,
