@@ -41,44 +41,45 @@ struct MathFor<BFloat16> {
 };
 #endif
 
-// 2^x for x from -inf to 127, within 1e-7 relative, or within 3e-6 (kShort) where the result is rounded to bf16; below
-// 2^-126 it may be 0. Minimax polynomials on [-1/2, 1/2].
+// 2^x for x from -inf to 127, within 7e-8 relative, or within 3e-6 (kShort) where the result is rounded to bf16; below
+// 2^-126 it may be 0. x = n + r with r in [0, 1]; minimax polynomials of 2^r that are 1 at 0.
 template <bool kShort>
 INLINE Vec exp2(Vec x) {
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
 #if FASTGPT_LANES == 16
-  x = x < -200.0f ? splat(-200.0f) : x;
+  const Vec r = (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x); 0 for -inf
 #else
   const Vec given = x;
-  x = x < -126.0f ? splat(-126.0f) : x;
+  x = max(x, splat(-126.0f));
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = (x - 0.5f) + magic;
+  const Vec r = x - (shifted - magic);
 #endif
-  const Vec shifted = x + magic;
-  const Vec n = shifted - magic;
-  const Vec r = x - n;
   Vec p;
   if constexpr (kShort) {
-    p = splat(9.570102207e-3f);
-    p = fma(p, r, splat(5.591785908e-2f));
-    p = fma(p, r, splat(2.402474433e-1f));
-    p = fma(p, r, splat(6.931217909e-1f));
-    p = fma(p, r, splat(9.999992847e-1f));
+    p = splat(1.342668384e-2f);
+    p = fma(p, r, splat(5.224247277e-2f));
+    p = fma(p, r, splat(2.412801981e-1f));
+    p = fma(p, r, splat(6.930448413e-1f));
   } else {
-    p = splat(1.534581243e-4f);
-    p = fma(p, r, splat(1.339993090e-3f));
-    p = fma(p, r, splat(9.618489072e-3f));
-    p = fma(p, r, splat(5.550328642e-2f));
-    p = fma(p, r, splat(2.402264625e-1f));
-    p = fma(p, r, splat(6.931471825e-1f));
-    p = fma(p, r, splat(1.0f));
+    p = splat(2.161291486e-4f);
+    p = fma(p, r, splat(1.246784697e-3f));
+    p = fma(p, r, splat(9.675451554e-3f));
+    p = fma(p, r, splat(5.548528209e-2f));
+    p = fma(p, r, splat(2.402293086e-1f));
+    p = fma(p, r, splat(6.931470633e-1f));
   }
+  p = fma(p, r, splat(1.0f));
 #if FASTGPT_LANES == 16
-  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);  // the unmasked form warns falsely in g++ 12
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p,
+                                     (__m512)x);  // p * 2^floor(x); the unmasked form warns falsely in g++ 12
 #else
-  const VecInt whole = bit_cast<VecInt>(shifted) - bit_cast<VecInt>(magic);
-  const Vec result = p * bit_cast<Vec>((whole + 127) << 23);
+  const VecInt n = bit_cast<VecInt>(shifted) - bit_cast<VecInt>(magic);
+  const Vec result = p * bit_cast<Vec>((n + 127) << 23);
   return given < -126.0f ? Vec{} : result;
 #endif
 }
+
+constexpr float kLog2ERest = 1.92596299e-8f;  // log2(e) - kLog2E
 
 // log(x) of a sum of exponentials: 0, inf, NaN or a normal number. Cephes' logf (S. Moshier).
 INLINE Vec log_of_sum(Vec x) {
@@ -172,6 +173,28 @@ class Arena {
 template <class T>
 INLINE T* at(const AttentionTensor& t, int64_t b, int64_t h, int64_t i) {
   return static_cast<T*>(t.data) + b * t.stride_b + h * t.stride_h + i * t.stride_t;
+}
+
+// Rows of a head's that are needed soon, asked for a few at a time while something else is computed: they lie too far
+// apart (the width of all heads, or of a fused qkv) for the chip's own prefetcher.
+template <class T>
+struct Ahead {
+  const T* rows = nullptr;
+  int64_t stride = 0, count = 0, dim = 0;
+
+  template <bool kToWrite = false>
+  INLINE void fetch(int64_t from, int64_t n) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t r = from; r < std::min(count, from + n); ++r) {
+      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(rows + r * stride + d, kToWrite, kToWrite ? 3 : 2);
+    }
+  }
+};
+
+template <class T>
+INLINE Ahead<T> ahead(const AttentionTensor& t, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim) {
+  if (begin >= end) return {};
+  return {at<const T>(t, b, h, begin), t.stride_t, std::min<int64_t>(kBlock, end - begin), dim};
 }
 
 // One row of `dim` numbers, times `factor`, to memory.

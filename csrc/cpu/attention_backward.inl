@@ -78,24 +78,25 @@ struct BackwardTask {
     Pack<Math>::columns(d_out, a.do_.stride_t, nq, a.dim, do_columns, kBlock);
     Pack<Math>::pairs(q, a.q.stride_t, nq, a.dim, q_pairs, wide);
     Pack<Math>::pairs(d_out, a.do_.stride_t, nq, a.dim, do_pairs, wide);
-    std::fill_n(dq, kBlock * wide, 0.0f);
-    for (int64_t r = 0; r < kBlock; ++r) {
-      if (r >= nq) {
-        lse[r] = lse_rest[r] = delta[r] = 0.0f;
-        continue;
-      }
-      const double row_lse = a.lse[(b * a.heads + h) * a.queries + i0 + r] * 1.4426950408889634;
-      lse[r] = static_cast<float>(row_lse);
-      lse_rest[r] = std::isfinite(lse[r]) ? static_cast<float>(row_lse - lse[r]) : 0.0f;
-      const T* o = at<const T>(a.o, b, h, i0 + r);
-      const T* g = d_out + r * a.do_.stride_t;
-      Vec products = {};
-      int64_t d = 0;
-      for (; d + kLanes <= a.dim; d += kLanes) products = fma(load(g + d), load(o + d), products);
-      const int rest = static_cast<int>(a.dim - d);
-      if (rest > 0) products = fma(load_n(g + d, rest), load_n(o + d, rest), products);
-      delta[r] = sum(products);
+    std::copy_n(a.lse + (b * a.heads + h) * a.queries + i0, nq, lse);
+    std::fill(lse + nq, lse + kBlock, 0.0f);
+    for (int lane = 0; lane < kBlock; lane += kLanes) {
+      const Vec row = load(lse + lane), high = row * kLog2E;
+      const Vec rest = fma(row, splat(kLog2E), -high) + row * kLog2ERest;
+      store(lse + lane, high);
+      store(lse_rest + lane, rest == rest ? rest : Vec{});  // inf - inf
     }
+    for (int64_t r = 0; r < nq; ++r) delta[r] = dot(d_out + r * a.do_.stride_t, at<const T>(a.o, b, h, i0 + r));
+    std::fill(delta + nq, delta + kBlock, 0.0f);
+  }
+
+  float dot(const T* x, const T* y) const {
+    Vec products = {};
+    int64_t d = 0;
+    for (; d + kLanes <= a.dim; d += kLanes) products = fma(load(x + d), load(y + d), products);
+    const int rest = static_cast<int>(a.dim - d);
+    if (rest > 0) products = fma(load_n(x + d, rest), load_n(y + d, rest), products);
+    return sum(products);
   }
 
   void load_keys(int64_t b, int64_t kv_head, int64_t j0, int64_t nk) {
@@ -106,8 +107,9 @@ struct BackwardTask {
   }
 
   // rows * columns, a key a row, where some query of the vector sees some key of the tile.
-  void score(const Window& w, const Element* rows, const Element* lanes, float* out) {
+  void score(const Window& w, const Element* rows, const Element* lanes, float* out, const Ahead<T>& next) {
     for (int j = 0; j < w.keys; j += kTileRows) {
+      next.fetch(j, kTileRows);
       const auto place = [&](int r, int c) { return out + (j + r) * kBlock + c * kLanes; };
       multiply_rows_in_chains<Math>(rows + j * row_ld, row_ld, lanes, kBlock, depth, w.first_vector(j), w.vectors,
                                     place, [&](int r, int c, const Vec& v) { store(place(r, c), v); });
@@ -159,33 +161,37 @@ struct BackwardTask {
   }
 
   // out (+)= rows * B for every key: dV from P and dO, dK from dS and Q.
-  void add_to_keys(const Window& w, const Element* rows, const Element* pairs, int64_t nq, bool fresh, float* out) {
-    if (fresh) std::fill_n(out, kBlock * wide, 0.0f);
+  void add_to_keys(const Window& w, const Element* rows, const Element* pairs, int64_t nq, bool fresh, float* out,
+                   const Ahead<T>& result) {
     for (int j = 0; j < w.keys; j += kTileRows) {
+      result.template fetch<true>(j, kTileRows);
       const int64_t skip = w.first_vector(j) * kLanes / kTerms;
-      const int64_t terms = (nq + kTerms - 1) / kTerms - skip;
-      if (terms > 0) {
-        add_tile<false>(rows + j * (kBlock / kTerms) + skip, kBlock / kTerms, pairs + skip * wide, terms,
-                        out + j * wide);
-      }
+      const int64_t terms = std::max<int64_t>(0, (nq + kTerms - 1) / kTerms - skip);
+      if (terms == 0 && !fresh) continue;
+      add_tile<false>(rows + j * (kBlock / kTerms) + skip, kBlock / kTerms, pairs + skip * wide, terms, fresh,
+                      out + j * wide);
     }
+    if (fresh) std::fill(out + round_up(w.keys, kTileRows) * wide, out + kBlock * wide, 0.0f);  // for later queries
   }
 
-  void add_to_queries(const Window& w, int64_t nq) {
+  void add_to_queries(const Window& w, int64_t nq, bool fresh, const Ahead<T>& next, const Ahead<T>& result) {
     for (int i = 0; i < nq; i += kTileRows) {
+      next.fetch(i, kTileRows);
+      result.template fetch<true>(i, kTileRows);
       const int seen = w.keys_until(i + kTileRows - 1);
-      if (seen > 0) add_tile<true>(ds_pairs + i, kBlock, k_pairs, (seen + kTerms - 1) / kTerms, dq + i * wide);
+      if (seen == 0 && !fresh) continue;
+      add_tile<true>(ds_pairs + i, kBlock, k_pairs, (seen + kTerms - 1) / kTerms, fresh, dq + i * wide);
     }
   }
 
   // A block's sum is made by itself and then added: fewer roundings in a row than one long sum has.
   template <bool kTransposed>
-  INLINE void add_tile(const Element* x, int64_t ldx, const Element* y, int64_t terms, float* out) {
+  INLINE void add_tile(const Element* x, int64_t ldx, const Element* y, int64_t terms, bool fresh, float* out) {
     multiply_rows<Math, kTransposed>(
         x, ldx, y, wide, terms, 0, columns, [](int, int, Vec& v) { v = Vec{}; },
         [&](int r, int c, const Vec& sum) {
           float* place = out + r * wide + c * kLanes;
-          store(place, load(place) + sum);
+          store(place, fresh ? sum : load(place) + sum);
         });
   }
 
@@ -199,19 +205,28 @@ struct BackwardTask {
     // last of the head before.
     const int64_t before = i0 > 0 ? keys_end(a, i0) : 0, all_before = item - item % blocks;
     const int64_t last = keys_end(a, i0 + nq);
+    if (last == 0) std::fill_n(dq, kBlock * wide, 0.0f);
+    const bool finishing = item + 1 == blocks * group;
     for (int64_t j0 = 0; j0 < last; j0 += kBlock) {
       const int64_t nk = std::min<int64_t>(kBlock, last - j0);
       const Window w = window_of(a, i0, nq, j0, nk);
       load_keys(b, kv_head, j0, nk);
-      score(w, k_rows, q_columns, s);
-      score(w, v_rows, do_columns, dp);
+      const int64_t j1 = j0 + nk, i1 = i0 + nq;
+      const bool more = j1 < last;  // then the next block of keys, else the next block of queries
+      score(w, k_rows, q_columns, s,
+            more ? ahead<T>(a.k, b, kv_head, j1, last, a.dim) : ahead<T>(a.q, b, h, i1, a.queries, a.dim));
+      score(w, v_rows, do_columns, dp,
+            more ? ahead<T>(a.v, b, kv_head, j1, last, a.dim) : ahead<T>(a.do_, b, h, i1, a.queries, a.dim));
       weights(w);
-      add_to_queries(w, nq);
+      add_to_queries(w, nq, j0 == 0, more ? Ahead<T>{} : ahead<T>(a.o, b, h, i1, a.queries, a.dim),
+                     more ? Ahead<T>{} : ahead<T>(a.dq, b, h, i0, i1, a.dim));
       std::atomic<int64_t>& added = work.added[j0 / kBlock];
       const int64_t expected = j0 < before ? item : all_before;
       wait_for(added, expected);
-      add_to_keys(w, p_rows, do_pairs, nq, expected == 0, work.dv + j0 * wide);
-      add_to_keys(w, ds_rows, q_pairs, nq, expected == 0, work.dk + j0 * wide);
+      add_to_keys(w, p_rows, do_pairs, nq, expected == 0, work.dv + j0 * wide,
+                  finishing ? ahead<T>(a.dv, b, kv_head, j0, j1, a.dim) : Ahead<T>{});
+      add_to_keys(w, ds_rows, q_pairs, nq, expected == 0, work.dk + j0 * wide,
+                  finishing ? ahead<T>(a.dk, b, kv_head, j0, j1, a.dim) : Ahead<T>{});
       added.store(item + 1, std::memory_order_release);
     }
     for (int64_t r = 0; r < nq; ++r) store_row(at<T>(a.dq, b, h, i0 + r), dq + r * wide, a.scale, a.dim);

@@ -24,7 +24,8 @@ struct ForwardTask {
   float* s;                   // (kBlock, kBlock): scores, a key a row
   Element* p;                 // (kBlock / kTerms, kBlock): weights, transposed; s itself where an element is a float
   const float scale;          // >= 0, times log2(e): the sign goes into q
-  T* q_signed;                // (kBlock, dim): q with the scale's sign, where that is not +
+  Ahead<T> next_k, next_v;
+  T* q_signed;  // (kBlock, dim): q with the scale's sign, where that is not +
   Panel panels[kPanels];
 
   explicit ForwardTask(const AttentionArgs& args)
@@ -68,6 +69,8 @@ struct ForwardTask {
     for (int c = 0; c < w.vectors; ++c) most[c] = splat(kMinusInfinity);
     for (int j = 0; j < w.keys; j += kTileRows) {
       const bool masked = w.masked(j, kTileRows);
+      next_k.fetch(j, kTileRows);
+      next_v.fetch(j, kTileRows);
       const auto place = [&](int r, int c) { return s + (j + r) * kBlock + c * kLanes; };
       multiply_rows_in_chains<Math>(k + j * k_ld, k_ld, panel.q, kBlock, depth, w.first_vector(j), w.vectors, place,
                                     [&](int r, int c, const Vec& v) {
@@ -113,7 +116,7 @@ struct ForwardTask {
     }
   }
 
-  void block(const Panel& panel, const Window& w, int64_t nq) {
+  void block(const Panel& panel, const Window& w, int64_t nq, bool first) {
     alignas(64) float alpha[kBlock];
     Vec safe[kVectors];
     scores(panel, w, alpha, safe);
@@ -121,13 +124,13 @@ struct ForwardTask {
     const int columns = static_cast<int>(wide / kLanes);
     for (int i = 0; i < nq; i += kTileRows) {
       const int seen = w.keys_until(i + kTileRows - 1);
-      if (seen == 0) continue;
+      if (seen == 0) continue;  // in the first block: a query that sees nothing, see finish
       float* o = panel.o + i * wide;
       multiply_rows<Math, true>(
           p + i, kBlock, v, wide, (seen + kTerms - 1) / kTerms, 0, columns, [](int, int, Vec& v) { v = Vec{}; },
           [&](int r, int c, const Vec& sum) {
             float* place = o + r * wide + c * kLanes;
-            store(place, fma(load(place), splat(alpha[i + r]), sum));
+            store(place, first ? sum : fma(load(place), splat(alpha[i + r]), sum));
           });
     }
   }
@@ -154,7 +157,6 @@ struct ForwardTask {
     for (int64_t i0 = begin, n = 0; i0 < end; i0 += kBlock, ++n) {
       Panel& panel = panels[n];
       load_queries(panel, at<const T>(a.q, b, h, i0), std::min<int64_t>(kBlock, end - i0));
-      std::fill_n(panel.o, kBlock * wide, 0.0f);
       std::fill_n(panel.most, kBlock, kMinusInfinity);
       std::fill_n(panel.sum, kBlock, 0.0f);
     }
@@ -163,9 +165,13 @@ struct ForwardTask {
       const int64_t nk = std::min<int64_t>(kBlock, last - j0);
       Pack<Math>::rows(at<const T>(a.k, b, kv_head, j0), a.k.stride_t, nk, a.dim, k, k_ld);
       Pack<Math>::pairs(at<const T>(a.v, b, kv_head, j0), a.v.stride_t, nk, a.dim, v, wide);
+      next_k = ahead<T>(a.k, b, kv_head, j0 + nk, last, a.dim);
+      next_v = ahead<T>(a.v, b, kv_head, j0 + nk, last, a.dim);
       for (int64_t i0 = begin, n = 0; i0 < end; i0 += kBlock, ++n) {
         const int64_t nq = std::min<int64_t>(kBlock, end - i0);
-        if (j0 < keys_end(a, i0 + nq)) block(panels[n], window_of(a, i0, nq, j0, nk), nq);
+        if (j0 >= keys_end(a, i0 + nq)) continue;
+        block(panels[n], window_of(a, i0, nq, j0, nk), nq, j0 == 0);
+        next_k.count = next_v.count = 0;
       }
     }
     for (int64_t i0 = begin, n = 0; i0 < end; i0 += kBlock, ++n)

@@ -128,8 +128,16 @@ INLINE void store_part(T* p, Vec v, int n) {
 // ---- arithmetic
 
 // NaN in b is kept, NaN in a is not: put the accumulator first where a NaN must be dropped, second where it must stay.
+#if FASTGPT_LANES == 16
+INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+#elif FASTGPT_LANES == 8
+INLINE Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 // Contraction is off (-ffp-contract=off), so that a loop gives the same bits wherever the compiler puts it.
 #if FASTGPT_LANES == 16
