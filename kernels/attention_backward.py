@@ -19,7 +19,7 @@ from fastgpt.kernels.launch import dot_precision, operand
 __all__ = ["attention_backward"]
 
 # (BLOCK_M, BLOCK_N, warps) by the padded head size: dK and dV, then dQ
-TILES_KV = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)}
+TILES_KV = {16: (64, 64, 4), 32: (64, 128, 8), 64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)}
 TILES_Q = {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)}
 TILES_KV_FP32 = {16: (32, 64, 4), 32: (32, 64, 4), 64: (32, 32, 4), 128: (16, 16, 8), 256: (16, 16, 8)}
 TILES_Q_FP32 = {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 8), 256: (16, 16, 8)}
@@ -49,11 +49,11 @@ def attention_delta_kernel(
 
 @triton.jit
 def _add_to_keys(
-    dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, stride_q, stride_g, start, stop, queries, n, offset, d, dim, scale_log2,
+    dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, stride_q, stride_g, start, queries, n, offset, d, dim, scale_log2,
     MASKED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK (unscaled) and dV of one block of keys from the queries from `start` to `stop` of one head; scores lie transposed."""
-    for start_m in range(start, stop, BLOCK_M):
+    """dK (unscaled) and dV of one block of keys from the queries of one head from `start` on; scores lie transposed."""
+    for start_m in range(start, queries, BLOCK_M):
         m = start_m + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, m, queries, stride_q, d, dim, EVEN_D, OPERAND)
         lse = tl.load(lse_ptr + m, mask=m < queries, other=float("inf"))  # probability 0 below the last query
@@ -92,24 +92,18 @@ def attention_bwd_kv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     scale_log2 = scale * LOG2_E
 
-    start = 0  # queries before it see none of these keys, those from `full` on see all of them
-    full = 0
+    start = 0  # queries before it see none of these keys
     if IS_CAUSAL:
         start = tl.maximum(first - offset, 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
     for member in range(group):
         head = kv_head * group + member
         q_head = q_ptr + batch * stride_qb + head * stride_qh
         grad_head = grad_ptr + batch * stride_gb + head * stride_gh
         rows = (batch * heads + head) * queries
-        if IS_CAUSAL:
-            dk, dv = _add_to_keys(
-                dk, dv, k, v, q_head, grad_head, lse_ptr + rows, delta_ptr + rows, stride_qt, stride_gt, start,
-                tl.minimum(full, queries), queries, n, offset, d, dim, scale_log2, True, EVEN_D, BLOCK_M, OPERAND, PRECISION,
-            )  # fmt: skip
+        # one loop that masks every tile: a second one for the tiles that need no mask takes the registers of both, and spills
         dk, dv = _add_to_keys(
-            dk, dv, k, v, q_head, grad_head, lse_ptr + rows, delta_ptr + rows, stride_qt, stride_gt, full, queries, queries, n,
-            offset, d, dim, scale_log2, False, EVEN_D, BLOCK_M, OPERAND, PRECISION,
+            dk, dv, k, v, q_head, grad_head, lse_ptr + rows, delta_ptr + rows, stride_qt, stride_gt, start, queries, n,
+            offset, d, dim, scale_log2, IS_CAUSAL, EVEN_D, BLOCK_M, OPERAND, PRECISION,
         )  # fmt: skip
     out = batch * stride_db + kv_head * stride_dh
     store_rows(dk_ptr + out, dk * scale, n, keys, stride_dt, d, dim)

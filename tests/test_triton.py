@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastgpt import ops
+from fastgpt.ops import backend
 
 HERE = Path(__file__).resolve().parent
-FILES = sorted(path.stem.removeprefix("test_triton_") for path in HERE.glob("test_triton_*.py"))
+FILES = sorted(map(str, HERE.glob("test_triton_*.py")))
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -30,12 +34,74 @@ def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str
 
 
 @needs_triton
-@pytest.mark.parametrize("op", FILES)
-def test_in_the_interpreter(op):
-    done = run(
-        ["-m", "pytest", str(HERE / f"test_triton_{op}.py"), "-p", "no:cacheprovider", "-m", "not gpu"],
-        TRITON_INTERPRET="1",
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_every_kernel_in_the_interpreter():
+    done = run(["-m", "pytest", *FILES, "-p", "no:cacheprovider", "-m", "not gpu"], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+
+
+def test_without_a_gpu_the_engine_says_why(monkeypatch):
+    if importlib.util.find_spec("triton") is None:
+        wanted = "triton does not import"
+    elif torch.cuda.is_available():
+        pytest.skip("a CUDA device is there")
+    else:
+        wanted = "torch sees no CUDA device"
+    with pytest.raises(backend.EngineUnavailableError, match=wanted):
+        ops.set_backend("triton")
+    engine, refused = backend.engine_of("softmax", "cuda")
+    assert engine == "reference"
+    assert wanted in refused["triton"]
+    assert backend.engine_of("softmax", "cpu")[0] != "triton"
+
+
+def test_every_op_on_it_has_its_gradient_on_it():
+    tables = backend._implementations
+    here = {name for name, table in tables.items() if "triton" in table}
+    assert {"attention", "cross_entropy", "gelu", "layer_norm", "relu", "sigmoid", "silu", "softmax", "tanh"} <= here
+    for name in here:
+        backward = f"{name.removesuffix('_backward')}_backward"
+        assert backward not in tables or backward in here, f"{backward} has no kernel"
+
+
+def test_importing_the_ops_does_not_import_triton():
+    done = run(
+        ["-c", "import sys, torch; before = set(sys.modules); import fastgpt.ops; print(set(sys.modules) - before)"]
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'triton'" not in done.stdout
+    assert "fastgpt.kernels" not in done.stdout
+
+
+AOT_OF_ONE_KERNEL = """
+import sys
+from fastgpt.kernels import aot, attention
+attention.TILES[64] = {tile}
+q = aot.meta(1, 1, 1024, 64)
+aot.CALLS = {{"attention": lambda: iter([("one tile", lambda: attention.attention(q, q, q, False, 0.125))])}}
+sys.exit(aot.main({arguments}))
+"""
+
+
+@needs_triton
+class TestAheadOfTime:
+    def test_one_kernel_for_every_architecture(self):
+        done = run(["-c", AOT_OF_ONE_KERNEL.format(tile=(64, 64, 4), arguments=[])])
+        assert done.returncode == 0, done.stdout + done.stderr
+        for arch in (80, 90, 100):
+            assert f"sm_{arch}" in done.stdout
+        assert done.stdout.rstrip().endswith("3 kernels compiled, 0 spill")
+
+    def test_a_spill_fails(self):
+        done = run(["-c", AOT_OF_ONE_KERNEL.format(tile=(64, 64, 1), arguments=["--arch", "90"])])
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "SPILLS" in done.stdout
+
+    def test_the_interpreter_and_unknown_ops_are_refused(self):
+        done = run(["-m", "fastgpt.kernels.aot"], TRITON_INTERPRET="1")
+        assert done.returncode == 2
+        assert "TRITON_INTERPRET is set" in done.stderr
+        done = run(["-m", "fastgpt.kernels.aot", "sofmax"])
+        assert done.returncode == 2
+        assert "op is 'sofmax', expected one of activation, attention" in done.stderr

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import random
-from torch.library import opcheck
-from triton_engine import DEVICE, DTYPES, check_op, gpu, there, triton_engine  # noqa: F401
+from triton_engine import DEVICE, DTYPES, check_op, gpu, opcheck, there, triton_engine  # noqa: F401
 
 from fastgpt import ops
 from fastgpt.ops import reference
@@ -19,7 +18,7 @@ SHAPES = [
     (1, 1, 1, 1, 1, 1),
     (2, 3, 3, 7, 7, 16),
     (1, 4, 2, 5, 40, 24),
-    (2, 2, 1, 130, 130, 64),
+    (1, 2, 1, 130, 130, 64),
     (1, 1, 1, 70, 200, 33),
     (1, 2, 1, 150, 70, 16),  # under a causal mask the first 80 queries see nothing, which is more than a tile
     (1, 3, 1, 1, 100, 64),
@@ -113,7 +112,7 @@ def test_a_row_of_nan_stays_a_row():
 
 
 def test_same_bits_on_every_run():
-    leaves = [x.to(DEVICE).requires_grad_() for x in inputs(2, 4, 2, 100, 100, 32)]
+    leaves = [x.to(DEVICE).requires_grad_() for x in inputs(1, 4, 2, 70, 70, 32)]
     out = ops.attention(*leaves, is_causal=True)
     first, second = (torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from parity import assert_parity, random
-from torch.library import opcheck
-from triton_engine import DEVICE, DTYPES, check_op, gpu, there, triton_engine  # noqa: F401
+from triton_engine import DEVICE, DTYPES, check_op, gpu, opcheck, there, triton_engine  # noqa: F401
 
 from fastgpt import ops
 from fastgpt.ops import reference

@@ -64,6 +64,11 @@ def there(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *leaves: function(*(leaf.to(DEVICE) for leaf in leaves)).cpu()
 
 
+def opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
+    """The schema and the fake implementation against what the kernels do; the op's own tests check the rest."""
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def check_op(
     ours: Callable[..., Tensor],
     torchs: Callable[..., Tensor],
