@@ -81,9 +81,9 @@ def test_dtype_boundaries():
 TEXT = np.arange(1000, dtype=np.uint16)
 
 
-@pytest.mark.parametrize("epochs", [False, True])
-def test_targets_follow_inputs(epochs):
-    loader = Loader(TEXT, 16, 5, seed=3, epochs=epochs)
+@pytest.mark.parametrize("order", ["random", "shuffle"])
+def test_targets_follow_inputs(order):
+    loader = Loader(TEXT, 16, 5, seed=3, order=order)
     for step in range(20):
         x, y = loader.batch(step)
         assert x.shape == y.shape == (5, 16)
@@ -94,33 +94,38 @@ def test_targets_follow_inputs(epochs):
         assert torch.equal(x, x[:, :1] + torch.arange(16))
 
 
-@pytest.mark.parametrize("epochs", [False, True])
-def test_a_batch_depends_on_seed_and_step_alone(epochs):
-    loader = Loader(TEXT, 16, 5, seed=3, epochs=epochs)
+@pytest.mark.parametrize("order", ["random", "shuffle"])
+def test_a_batch_depends_on_seed_and_step_alone(order):
+    loader = Loader(TEXT, 16, 5, seed=3, order=order)
     forward = [loader.batch(step)[0] for step in range(40)]
-    other = Loader(TEXT, 16, 5, seed=3, epochs=epochs)
+    other = Loader(TEXT, 16, 5, seed=3, order=order)
     assert all(torch.equal(other.batch(step)[0], forward[step]) for step in (39, 0, 17, 38, 1))
-    assert not torch.equal(Loader(TEXT, 16, 5, seed=4, epochs=epochs).batch(0)[0], forward[0])
+    assert not torch.equal(Loader(TEXT, 16, 5, seed=4, order=order).batch(0)[0], forward[0])
     assert not torch.equal(forward[0], forward[1])
 
 
-@pytest.mark.parametrize("epochs", [False, True])
-def test_micro_steps_make_up_the_larger_batch(epochs):
+@pytest.mark.parametrize("order", ["random", "shuffle"])
+def test_micro_steps_make_up_the_larger_batch(order):
     """With accumulation no text is drawn twice: micro steps are numbered through."""
-    loader = Loader(TEXT, 16, 5, seed=3, epochs=epochs)
+    loader = Loader(TEXT, 16, 5, seed=3, order=order)
     accumulated = [loader.batch(step, micro, 2)[0] for step in range(3) for micro in range(2)]
     assert all(torch.equal(accumulated[n], loader.batch(n)[0]) for n in range(6))
 
 
 def test_random_crops_reach_both_ends():
-    loader = Loader(np.arange(20, dtype=np.uint16), 16, 64, seed=0)
+    loader = Loader(np.arange(20, dtype=np.uint16), 16, 64, seed=0, order="random")
     assert set(loader.batch(0)[0][:, 0].tolist()) == {0, 1, 2, 3}
-    only = Loader(np.arange(17, dtype=np.uint16), 16, 4, seed=0)
+    only = Loader(np.arange(17, dtype=np.uint16), 16, 4, seed=0, order="random")
     assert only.batch(0)[1][:, -1].tolist() == [16] * 4
 
 
+def test_another_order_is_refused():
+    with pytest.raises(ValueError, match="order is 'sorted'; accepted is"):
+        Loader(TEXT, 16, 1, seed=0, order="sorted")
+
+
 def test_an_epoch_reads_each_block_once():
-    loader = Loader(TEXT, 16, 5, seed=3, epochs=True)
+    loader = Loader(TEXT, 16, 5, seed=3)
     n_blocks = loader.n_blocks
     assert loader.steps_per_epoch(2) == n_blocks / 10
     firsts = torch.cat([loader.batch(step)[0][:, 0] for step in range(3 * n_blocks)]).tolist()
@@ -136,8 +141,8 @@ def test_an_epoch_reads_each_block_once():
 @given(n=st.integers(17, 300), batch_size=st.integers(1, 7), step=st.integers(0, 2**40), seed=st.integers(0, 2**63 - 1))
 def test_any_length_and_step_stay_inside_the_text(n, batch_size, step, seed):
     text = np.arange(n, dtype=np.uint16)
-    for epochs in (False, True):
-        x, y = Loader(text, 16, batch_size, seed, epochs=epochs).batch(step)
+    for order in ("random", "shuffle"):
+        x, y = Loader(text, 16, batch_size, seed, order=order).batch(step)
         assert int(x.min()) >= 0
         assert int(y.max()) < n
         assert torch.equal(y, x + 1)

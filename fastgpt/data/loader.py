@@ -2,10 +2,13 @@
 
 A batch is (x, y): x the ids at positions p .. p+T-1, y the ids at p+1 .. p+T, T the block size.
 
-    random crops  p is uniform over all positions. Batch `step` comes from a Philox generator keyed by the seed and counted by
-                  the step (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): no state runs on.
-    epochs        the text is cut into blocks of T ids; every epoch reads each block once, in an order drawn from the seed and
-                  the epoch, and starts the first block at an offset of its own, so that the cuts fall elsewhere each time.
+    shuffle   the text is cut into blocks of T ids; every epoch reads each block once, in an order drawn from the seed and the
+              epoch, and starts the first block at an offset of its own, so that the cuts fall elsewhere each time. After one
+              epoch's worth of tokens all text has been read; of random crops 37 % (1/e) would not have been.
+    random    p is uniform over all positions.
+
+Draws come from a Philox generator keyed by the seed and counted by the epoch or the batch (Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", SC11): no state runs on.
 
 There is nothing to store and nothing to restore: after a resume the loader goes on exactly where it was because it is asked for the
 next step. Validation reads fixed blocks spread evenly over the held-out text. The loader never shuffles text in memory and never
@@ -46,10 +49,11 @@ class Loader:
         block_size: T, ids in a sequence.
         batch_size: B, sequences in a batch.
         seed: decides everything together with the step.
-        epochs: read every block once an epoch instead of cropping at random.
+        order: "shuffle" or "random".
 
     Raises:
         UserError: fewer than block_size + 1 tokens.
+        ValueError: another order.
 
     Example:
         >>> loader = Loader(np.arange(100, dtype=np.uint16), block_size=8, batch_size=2, seed=1)
@@ -59,34 +63,36 @@ class Loader:
     """
 
     def __init__(
-        self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, *, epochs: bool = False
+        self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, *, order: str = "shuffle"
     ) -> None:
         check_length(tokens, block_size, "training")
+        if order not in ("shuffle", "random"):
+            raise ValueError(f"order is {order!r}; accepted is 'shuffle' or 'random'")
         self.tokens = tokens
         self.block_size = block_size
         self.batch_size = batch_size
         self.seed = seed
-        self.epochs = epochs
+        self.order = order
         # One block fewer than fit, where there are several, leaves room for the offset that moves the cuts.
         self.n_blocks = max((len(tokens) - block_size) // block_size, 1)
-        self._order: tuple[int, np.ndarray] | None = None
+        self._latest: tuple[int, np.ndarray] | None = None
 
     def _generator(self, counter: int, stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed, stream], counter=[0, 0, 0, counter]))
 
     def _starts_of_epoch(self, epoch: int) -> np.ndarray:
         """Start positions of all blocks in the order of one epoch; the latest epoch's is kept."""
-        if self._order is None or self._order[0] != epoch:
+        if self._latest is None or self._latest[0] != epoch:
             generator = self._generator(epoch, stream=1)
             room = len(self.tokens) - 1 - self.n_blocks * self.block_size
             offset = int(generator.integers(0, min(room, self.block_size - 1) + 1))
-            self._order = epoch, offset + self.block_size * generator.permutation(self.n_blocks)
-        return self._order[1]
+            self._latest = epoch, offset + self.block_size * generator.permutation(self.n_blocks)
+        return self._latest[1]
 
     def batch(self, step: int, micro_step: int = 0, grad_accum_steps: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of optimizer step `step`, part `micro_step` of `grad_accum_steps`: x and y, each (B, T) int64."""
         index = step * grad_accum_steps + micro_step
-        if not self.epochs:
+        if self.order == "random":
             highest = len(self.tokens) - self.block_size
             starts = self._generator(index, stream=0).integers(0, highest, size=self.batch_size)
             return _gather(self.tokens, starts, self.block_size)

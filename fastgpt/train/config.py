@@ -45,6 +45,11 @@ class DataConfig:
         "stdlib", "the text: 'stdlib' (Python's standard library), 'shakespeare' (downloaded once), a file or a folder"
     )
     val_fraction: float = option(0.1, "share of the text held out for validation", above=0.0, at_most=0.5)
+    order: str = option(
+        "shuffle",
+        "how training text is drawn: each block once an epoch in a shuffled order, or crops at random places",
+        choices=("shuffle", "random"),
+    )
 
 
 @dataclass

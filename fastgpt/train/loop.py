@@ -101,7 +101,7 @@ class Trainer:
         )
         block_size = self.model.config.block_size
         self.loader = Loader(
-            run.tokens.train, block_size, options.batch_size, options.seed, epochs=options.epochs is not None
+            run.tokens.train, block_size, options.batch_size, options.seed, order=run.config.data.order
         )
         self.eval_train = EvalBatches(
             run.tokens.train, block_size, options.batch_size, options.eval_tokens, what="training"
