@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -178,6 +179,23 @@ def test_a_resume_from_an_older_checkpoint_repeats_too(tmp_path):
     trainer.fit()
     assert [line["val_loss"] for line in lines(whole.run)] == [line["val_loss"] for line in expected]
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), weights(whole), strict=True))
+
+
+def test_a_resume_from_step_0_repeats_too(tmp_path):
+    """A kill before the second checkpoint: what was measured at step 0 is neither measured nor counted again."""
+    run = new_run(tmp_path)
+    trainer = Trainer(run, quiet)
+    steps_of(trainer, stop_after=1)
+    trainer.fit()
+    shutil.rmtree(run.folder / "checkpoints" / "step-000001")
+    resumed = Trainer(open_run(run.folder, [], {}), quiet)
+    assert resumed.state.step == 0
+    resumed.fit()
+    assert [line["step"] for line in lines(run)] == [0, 4, 8, 12]
+    whole = Trainer(new_run(tmp_path, data__source=tmp_path / "text.txt"), quiet)
+    whole.fit()
+    assert [line["val_loss"] for line in lines(run)] == [line["val_loss"] for line in lines(whole.run)]
+    assert resumed.state.evals_without_better == whole.state.evals_without_better
 
 
 def test_epochs_become_steps(tmp_path):

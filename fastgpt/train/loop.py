@@ -285,7 +285,7 @@ class Trainer:
         if state.max_steps is None and options.time_budget_s is not None:
             budget = Budget(options.time_budget_s, options.eval_interval)
         begun, before = time.monotonic(), state.elapsed_s
-        if state.step == 0:
+        if self.last_good is None:
             if not self._evaluate(progress, schedule.at(0)):
                 return self._diverged(schedule)
             self._save()
