@@ -16,7 +16,9 @@ namespace {
 
 constexpr size_t kBatchSpans = 512;               // pre-tokens found before their ids are looked up
 constexpr size_t kThreadBytes = size_t{1} << 20;  // text that is worth handing to another thread
-constexpr size_t kSlackIds = WordCache::kMaxIds;
+constexpr size_t kKeptBytes = size_t{4} << 20;    // scratch memory above this is given back
+constexpr size_t kRoom = WordCache::kReadable + Vocabulary::kPadding;  // readable after a pre-token taken in place
+constexpr size_t kSlackIds = WordCache::kSlackIds;
 
 const uint8_t* as_bytes(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
 
@@ -54,6 +56,7 @@ struct Encoder::Worker {
   WordCache cache;
   MergeScratch scratch;
   uint32_t ends[kBatchSpans];
+  WordCache::Probe probes[kBatchSpans];
 };
 
 // A worker of the encoder for the time of one call, or a new one when all are in use.
@@ -100,37 +103,80 @@ Encoder::Encoder(Vocabulary vocabulary, std::optional<Pattern> pattern, bool who
 
 Encoder::~Encoder() = default;
 
-// A pre-token that is not cached. padded[0, n + Vocabulary::kPadding) is readable.
-size_t Encoder::encode_miss(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const {
-  size_t count = 0;
+// The ids of a pre-token by vocabulary and merging. padded[0, n + Vocabulary::kPadding) is readable.
+size_t Encoder::merge_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const {
   if (whole_first_) {
     out[0] = vocabulary_.find(padded, n);
-    count = out[0] != kNone;
+    if (out[0] != kNone) return 1;
   }
-  if (!count) count = merge_piece(vocabulary_, padded, n, out, worker.scratch);
-  if (n <= WordCache::kMaxBytes) worker.cache.insert(padded, n, out, count);
+  return merge_piece(vocabulary_, padded, n, out, worker.scratch);
+}
+
+// The same for more than WordCache::kMaxBytes bytes, remembered.
+size_t Encoder::merge_long_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const {
+  if (n > WordCache::kMaxFarBytes) return merge_word(worker, padded, n, out);
+  if (const size_t count = worker.cache.find_far(padded, n, out)) return count;
+  const size_t count = merge_word(worker, padded, n, out);
+  worker.cache.insert_far(padded, n, out, count);
   return count;
 }
 
 // The ids of the pre-token text[begin, end) to out (room for its bytes and kSlackIds more); returns how many.
-inline size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end,
-                                   uint32_t* out) const {
+size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end,
+                            uint32_t* out) const {
   const uint8_t* p = text + begin;
   const size_t n = end - begin;
-  uint8_t near_end[WordCache::kMaxBytes + 1 + Vocabulary::kPadding];
   if (n <= WordCache::kMaxBytes) {
-    if (size - begin < sizeof(near_end)) {
-      std::memset(near_end, 0, sizeof(near_end));
-      std::memcpy(near_end, p, n);
-      p = near_end;
+    uint8_t copy[WordCache::kMaxBytes + 1 + Vocabulary::kPadding] = {};
+    if (size - begin < sizeof(copy)) {
+      std::memcpy(copy, p, n);
+      p = copy;
     }
-    if (const size_t count = worker.cache.find(p, n, out)) return count;
-    return encode_miss(worker, p, n, out);
+    const WordCache::Probe probe = worker.cache.probe(p, n);
+    size_t count = worker.cache.find(probe, p, n, out);
+    if (!count) {
+      count = merge_word(worker, p, n, out);
+      worker.cache.insert(probe, p, n, out, count);
+    }
+    return count;
   }
-  if (size - end >= Vocabulary::kPadding) return encode_miss(worker, p, n, out);
+  if (size - end >= Vocabulary::kPadding) return merge_long_word(worker, p, n, out);
   worker.scratch.padded.assign(n + Vocabulary::kPadding, 0);
-  std::memcpy(worker.scratch.padded.data(), p, n);
-  return encode_miss(worker, worker.scratch.padded.data(), n, out);
+  std::copy(p, text + end, worker.scratch.padded.begin());
+  const size_t count = merge_long_word(worker, worker.scratch.padded.data(), n, out);
+  if (worker.scratch.padded.size() > kKeptBytes) std::vector<uint8_t>().swap(worker.scratch.padded);
+  return count;
+}
+
+// The ids of the pre-tokens that begin at `begin` and end at worker.ends[0, spans).
+uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t spans,
+                                uint32_t* out) const {
+  // How many can be read and merged in place.
+  size_t inside = spans;
+  while (inside && worker.ends[inside - 1] + kRoom > size) --inside;
+  size_t from = begin;
+  for (size_t i = 0; i < inside; from = worker.ends[i++]) {
+    const size_t n = worker.ends[i] - from;
+    if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) worker.probes[i] = worker.cache.probe(text + from, n);
+  }
+  for (size_t i = 0; i < inside; begin = worker.ends[i++]) {
+    const uint8_t* const p = text + begin;
+    const size_t n = worker.ends[i] - begin;
+    if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) {
+      size_t count = worker.cache.find(worker.probes[i], p, n, out);
+      if (__builtin_expect(!count, 0)) {
+        count = merge_word(worker, p, n, out);
+        worker.cache.insert(worker.probes[i], p, n, out, count);
+      }
+      out += count;
+    } else {
+      out += merge_long_word(worker, p, n, out);
+    }
+  }
+  for (size_t i = inside; i < spans; begin = worker.ends[i++]) {
+    out += encode_word(worker, text, size, begin, worker.ends[i], out);
+  }
+  return out;
 }
 
 // Cuts a text into parts that a scanner's offsets reach over and calls part(text, size) for each.
@@ -159,12 +205,9 @@ void Encoder::encode(std::string_view text, IdBuffer& out) const {
     while (pos < size) {
       const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
       out.reserve_more(worker->ends[spans - 1] - pos + kSlackIds);
-      uint32_t* ids = out.data() + out.size();
-      for (size_t i = 0; i < spans; ++i) {
-        ids += encode_word(*worker, p, size, pos, worker->ends[i], ids);
-        pos = worker->ends[i];
-      }
+      uint32_t* const ids = encode_words(*worker, p, size, pos, spans, out.data() + out.size());
       out.set_size(static_cast<size_t>(ids - out.data()));
+      pos = worker->ends[spans - 1];
     }
   });
 }

@@ -1,9 +1,8 @@
 // From text to ids: pre-token, cache, merge.
 //
-// Most pre-tokens of a text have been seen before, so each worker holds a cache of whole pre-tokens of up to 15 bytes
-// (99.6 % of English) with their ids: two set-associative tables whose buckets are one cache line, 2 MiB and 4 MiB,
-// filled as pre-tokens come and overwritten in place, so memory is bounded by construction. Misses are looked up whole
-// in the vocabulary and then merged.
+// Most pre-tokens of a text have been seen before, so each worker holds a cache of whole pre-tokens with their ids
+// (word_cache.h: at most 21 MiB, taken as it fills). What is not there is looked up whole in the vocabulary and else
+// merged.
 //
 // Thread safety: const methods may be called from any number of threads. A call borrows a worker from a fixed array by
 // one compare-and-swap; nobody ever waits, so a fork while another thread encodes leaves nothing locked.
@@ -102,7 +101,10 @@ class Encoder {
   template <class Word>
   void for_each_word(std::string_view text, const Word& word) const;
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
-  size_t encode_miss(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
+  uint32_t* encode_words(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t spans,
+                         uint32_t* out) const;
+  size_t merge_long_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
+  size_t merge_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
 
   Vocabulary vocabulary_;
   std::optional<Pattern> pattern_;

@@ -67,6 +67,14 @@ Vocabulary::Vocabulary(std::vector<std::pair<std::string, uint32_t>> tokens,
   short_.assign(table_size(shorts), Short{0, kNone, 0});
   medium_.assign(table_size(mediums), Medium{0, 0, kNone, 0});
   long_.assign(table_size(longs), Long{0, kNone, 0});
+  const size_t filter_bits = std::bit_ceil(std::max<size_t>(8 * tokens.size(), 64));
+  filter_.assign(filter_bits / 64, 0);
+  filter_shift_ = 64 - std::countr_zero(filter_bits);
+  auto remember = [&](uint64_t hash) {
+    const uint64_t bit = hash >> filter_shift_;
+    filter_[bit >> 6] |= uint64_t{1} << (bit & 63);
+    return hash;
+  };
   arena_.reserve(total + kPadding);
   offsets_.reserve(slots_ + 1);
   for (const auto& [bytes, id] : tokens) {
@@ -89,16 +97,16 @@ Vocabulary::Vocabulary(std::vector<std::pair<std::string, uint32_t>> tokens,
       two_byte_ids_[p[0] | p[1] << 8] = id;
     } else if (n <= 8) {
       const uint64_t key = load_upto8(p, n);
-      size_t at = short_hash(key, n) & (short_.size() - 1);
+      size_t at = remember(short_hash(key, n)) & (short_.size() - 1);
       while (short_[at].length) at = (at + 1) & (short_.size() - 1);
       short_[at] = {key, id, static_cast<uint32_t>(n)};
     } else if (n <= 16) {
       const uint64_t low = load_upto8(p, 8), high = load_upto8(p + 8, n - 8);
-      size_t at = medium_hash(low, high, n) & (medium_.size() - 1);
+      size_t at = remember(medium_hash(low, high, n)) & (medium_.size() - 1);
       while (medium_[at].length) at = (at + 1) & (medium_.size() - 1);
       medium_[at] = {low, high, id, static_cast<uint32_t>(n)};
     } else {
-      const uint64_t hash = hash_bytes(p, n);
+      const uint64_t hash = remember(hash_bytes(p, n));
       size_t at = hash & (long_.size() - 1);
       while (long_[at].length) at = (at + 1) & (long_.size() - 1);
       long_[at] = {hash, id, static_cast<uint32_t>(n)};
@@ -138,7 +146,9 @@ uint32_t Vocabulary::find(const uint8_t* p, size_t n) const {
   }
   if (n <= 8) {
     const uint64_t key = load_upto8(p, n);
-    for (size_t at = short_hash(key, n);; ++at) {
+    const uint64_t hash = short_hash(key, n);
+    if (!maybe(hash)) return kNone;
+    for (size_t at = hash;; ++at) {
       const Short& entry = short_[at & (short_.size() - 1)];
       if (entry.key == key && entry.length == n) return entry.id;
       if (!entry.length) return kNone;
@@ -146,7 +156,9 @@ uint32_t Vocabulary::find(const uint8_t* p, size_t n) const {
   }
   if (n <= 16) {
     const uint64_t low = load_upto8(p, 8), high = load_upto8(p + 8, n - 8);
-    for (size_t at = medium_hash(low, high, n);; ++at) {
+    const uint64_t hash = medium_hash(low, high, n);
+    if (!maybe(hash)) return kNone;
+    for (size_t at = hash;; ++at) {
       const Medium& entry = medium_[at & (medium_.size() - 1)];
       if (entry.low == low && entry.high == high && entry.length == n) return entry.id;
       if (!entry.length) return kNone;
@@ -154,6 +166,7 @@ uint32_t Vocabulary::find(const uint8_t* p, size_t n) const {
   }
   if (n > max_token_bytes_) return kNone;
   const uint64_t hash = hash_bytes(p, n);
+  if (!maybe(hash)) return kNone;
   for (size_t at = hash;; ++at) {
     const Long& entry = long_[at & (long_.size() - 1)];
     if (!entry.length) return kNone;

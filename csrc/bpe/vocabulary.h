@@ -91,6 +91,12 @@ class Vocabulary {
   size_t max_token_bytes_ = 0;
   std::vector<uint32_t> byte_ids_;      // 256
   std::vector<uint32_t> two_byte_ids_;  // 65536, by the two bytes as a little-endian number
+  bool maybe(uint64_t hash) const { return filter_[hash >> filter_shift_ >> 6] >> (hash >> filter_shift_ & 63) & 1; }
+
+  // A bit for the hash of every token of 3 bytes or more, 8 to 16 bits a token: most pairs that merging asks about are
+  // no token, and the filter, which stays in the cache, says so without a look at the tables.
+  std::vector<uint64_t> filter_;
+  int filter_shift_ = 0;
   std::vector<Short> short_;
   std::vector<Medium> medium_;
   std::vector<Long> long_;

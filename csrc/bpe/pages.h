@@ -1,0 +1,46 @@
+// Zeroed memory straight from the kernel, in large pages where it gives them: tables that are probed at random.
+//
+// A page is only taken when it is first touched, so a table costs nothing until it is used.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+namespace fastgpt::bpe {
+
+template <class T>
+class Pages {
+ public:
+  explicit Pages(size_t size) : size_(size) {
+    // Room to begin at a large page.
+    mapped_bytes_ = size * sizeof(T) + kLargePage;
+    mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped_ == MAP_FAILED) throw std::bad_alloc();
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(mapped_) + kLargePage - 1) & ~(kLargePage - 1);
+    data_ = reinterpret_cast<T*>(begin);
+#ifdef MADV_HUGEPAGE
+    madvise(data_, size * sizeof(T), MADV_HUGEPAGE);  // a wish; without it the table works the same
+#endif
+  }
+  ~Pages() { munmap(mapped_, mapped_bytes_); }
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  size_t size() const { return size_; }
+  void zero() {
+    for (size_t i = 0; i < size_; ++i) data_[i] = T{};
+  }
+
+ private:
+  static constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
+  size_t size_, mapped_bytes_;
+  void* mapped_;
+  T* data_;
+};
+
+}  // namespace fastgpt::bpe
