@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.errors import UserError
@@ -146,6 +146,7 @@ def test_what_is_written_loads_again(name, tmp_path):
     assert _same_as_reloaded(load_config(preset=name), tmp_path)
 
 
+@settings(deadline=None)
 @given(prompt=st.text(max_size=20), rate=st.floats(1e-12, 1e3), seed=st.integers(0, 2**63 - 1))
 def test_any_value_survives_yaml(tmp_path_factory, prompt, rate, seed):
     config = load_config()

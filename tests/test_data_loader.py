@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.data.loader import EvalBatches, Loader
@@ -47,6 +47,7 @@ def test_without_an_end_of_text_token_documents_are_separated_by_lines(tmp_path)
     assert (tokens.train.tolist(), tokens.val.tolist()) == ([97, 10, 98, 10], [99])
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab\n", max_size=200), st.integers(1, 50))
 def test_pieces_put_together_are_the_text(text, size):
     cut = list(pieces(text, size))
@@ -138,6 +139,7 @@ def test_an_epoch_reads_each_block_once():
     assert orders[0] != orders[1] != orders[2]
 
 
+@settings(deadline=None)
 @given(n=st.integers(17, 300), batch_size=st.integers(1, 7), step=st.integers(0, 2**40), seed=st.integers(0, 2**63 - 1))
 def test_any_length_and_step_stay_inside_the_text(n, batch_size, step, seed):
     text = np.arange(n, dtype=np.uint16)

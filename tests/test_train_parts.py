@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.errors import UserError
@@ -34,6 +34,7 @@ def test_schedule_is_nanogpts():
         assert schedule.at(step) == pytest.approx(nanogpt_rate(step, 1e-3, 1e-4, 100, 2000), rel=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(1, 200), st.integers(0, 400))
 def test_schedule_stays_between_zero_and_peak_and_ends_at_the_floor(warmup, max_steps, step):
     schedule = Schedule(1.0, 0.1, warmup, max_steps)

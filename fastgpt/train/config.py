@@ -68,9 +68,9 @@ class ModelConfig:
 
     block_size: int = option(128, "longest context in tokens", at_least=1)
     n_layer: int = option(4, "number of transformer blocks", at_least=1)
-    n_head: int = option(4, "number of attention heads", at_least=1)
+    n_head: int = option(3, "number of attention heads", at_least=1)
     n_kv_head: int | None = option(None, "number of key/value heads (none: as many as n_head)", at_least=1)
-    n_embd: int = option(256, "width of the residual stream", at_least=1)
+    n_embd: int = option(192, "width of the residual stream", at_least=1)
     dropout: float = option(0.0, "dropout probability while training", at_least=0.0, below=1.0)
     bias: bool = option(False, "biases in the linear and layer-norm layers")
     activation: str = option("gelu_tanh", "activation of the MLP: relu, sigmoid, tanh, gelu (erf), gelu_tanh or silu")
@@ -138,7 +138,8 @@ class Config:
 
     def to_yaml(self) -> str:
         """The text of config.yaml."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        # ASCII with escapes: PyYAML folds an unescaped U+0085 in text to a line end when it reads it back
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 def sections() -> dict[str, type]:
