@@ -49,7 +49,7 @@ SAME_COMPUTATION = {"fp32": 1e-4, "bf16": 3e-2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METHOD = (
     f"median of {MIN_ROUNDS} to {MAX_ROUNDS} rounds of at least {ROUND_S * 1e3:.0f} ms, variants in turns; "
-    "slow ones as many rounds as `rounds` says"
+    "training steps of larger models 3 to 5 rounds"
 )
 
 
@@ -63,6 +63,7 @@ class Variant:
         ours: whether it is fastgpt.
         before: runs before each round, untimed.
         optional: left out, with the reason recorded, where its first run raises (a compiler that is not there).
+        first: runs instead of `run` for the comparison, where more than one call is to be compared.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Variant:
     ours: bool = False
     before: Callable[[], None] | None = None
     optional: bool = False
+    first: Callable[[], Any] | None = None
 
 
 def ours(run: Callable[[], Any], name: str = "fastgpt", before: Callable[[], None] | None = None) -> Variant:
@@ -179,13 +181,13 @@ def measure(
         variants: each must have run before.
         statistics: makes pytest-benchmark's record for a variant and its number of calls a round.
         quick: QUICK_ROUNDS of one call each, to see that it runs.
-        rounds: exactly so many, for variants that take seconds; None for MIN_ROUNDS to MAX_ROUNDS within BUDGET_S.
+        rounds: exactly so many of one call each, for variants that take seconds; None for MIN_ROUNDS to MAX_ROUNDS within BUDGET_S.
         timer: a clock in seconds.
 
     Returns:
         A record for each variant, its times for one call.
     """
-    iterations = [1 if quick else calibrate(variant, ROUND_S, timer) for variant in variants]
+    iterations = [1 if quick or rounds else calibrate(variant, ROUND_S, timer) for variant in variants]
     records = [statistics(variant, n) for variant, n in zip(variants, iterations, strict=True)]
     least = QUICK_ROUNDS if quick else rounds or MIN_ROUNDS
     most = least if quick or rounds else MAX_ROUNDS
@@ -235,6 +237,7 @@ class Compare:
         variants: Sequence[Variant],
         expected: Callable[[], tuple[Tensor, ...]],
         pick: Callable[[Any], tuple[Tensor, ...]] = lambda result: (result,),
+        error: Callable[[Tensor, Tensor], float] = error_of,
         label: str = "",
         bytes_moved: int | None = None,
         flops: int | None = None,
@@ -252,7 +255,8 @@ class Compare:
             variants: the first that is not ours is the baseline.
             expected: the right results in float64.
             pick: what to compare of a variant's result, in expected's order; may be a part where the whole would be too much memory.
-            label: put before the case's name, where a benchmark has several functions.
+            error: how far a result is from the expected one, relative to it.
+            label: put before the case's name, where a benchmark has several functions; one that ends in ":" says the shape in words.
             bytes_moved, flops, tokens: of one call, counted by hand; they give GB/s, GFLOP/s and tokens/s.
             rounds: see `measure`.
             output: "fresh" where each call allocates its result, "preallocated" where it writes into memory that is there.
@@ -261,8 +265,9 @@ class Compare:
         Raises:
             DisagreementError: see `check`.
         """
-        name = " ".join(filter(None, [label, case, dtype, "x".join(map(str, shape))]))
-        variants, errors, left_out = self._run_once(variants, expected, pick)
+        sizes = "" if label.endswith(":") else "x".join(map(str, shape))
+        name = " ".join(filter(None, [label, case, dtype, sizes]))
+        variants, errors, left_out = self._run_once(variants, expected, pick, error)
         check(variants, errors, dtype)
         node = self._request.node
         benchmark = self._plugin.benchmark_of(node)
@@ -318,6 +323,7 @@ class Compare:
         variants: Sequence[Variant],
         expected: Callable[[], tuple[Tensor, ...]],
         pick: Callable[[Any], tuple[Tensor, ...]],
+        error: Callable[[Tensor, Tensor], float],
     ) -> tuple[list[Variant], list[list[float]], dict[str, str]]:
         """Every variant's errors, and why optional ones are left out."""
         right = expected()
@@ -326,14 +332,14 @@ class Compare:
             if variant.before is not None:
                 variant.before()
             try:
-                found = pick(variant.run())
-            except Exception as error:
+                found = pick((variant.first or variant.run)())
+            except Exception as reason:
                 if not variant.optional:
                     raise
-                left_out[variant.name] = " ".join(str(error).split())[:300]
+                left_out[variant.name] = " ".join(str(reason).split())[:300]
                 continue
             kept.append(variant)
-            errors.append([error_of(f, r) for f, r in zip(found, right, strict=True)])
+            errors.append([error(f, r) for f, r in zip(found, right, strict=True)])
         return kept, errors, left_out
 
 
@@ -374,7 +380,7 @@ class Plugin:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        return ("passed", "", "") if report.passed else None  # each case prints its own line
+        return ("passed", "", "") if report.passed and report.when == "call" else None  # each case prints its own line
 
     @pytest.hookimpl(trylast=True)
     def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo[Any]) -> None:
