@@ -14,16 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention import LOG2_E, block_d, heads_inside, key_range, load_rows, rows_together, store_rows
-from fastgpt.kernels.launch import dot_precision, operand
+from fastgpt.kernels.launch import architecture, dot_precision, operand
 
 __all__ = ["attention_backward"]
 
-# (BLOCK_M, BLOCK_N, warps) by the padded head size: dK and dV, then dQ
+# (BLOCK_M, BLOCK_N, warps) by the padded head size: dK and dV, then dQ; aot.py shows no spill with them
 TILES_KV = {16: (64, 64, 4), 32: (64, 128, 8), 64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)}
-TILES_Q = {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)}
+TILES_Q = {16: (128, 64, 4), 32: (64, 64, 4), 64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)}
+TILES_Q_SM100 = TILES_Q | {128: (64, 32, 8)}
 TILES_KV_FP32 = {16: (32, 64, 4), 32: (32, 64, 4), 64: (32, 32, 4), 128: (16, 16, 8), 256: (16, 16, 8)}
-TILES_Q_FP32 = {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 8), 256: (16, 16, 8)}
-
+TILES_Q_FP32 = {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 8)}
 
 # left to itself ptxas spills a few registers of the float32 kernel to fit more of them on a multiprocessor; an option of NVIDIA's only
 NO_LIMIT = {} if torch.version.hip else {"maxnreg": 255}
@@ -191,8 +191,9 @@ def attention_backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     width, exact = block_d(dim), q.dtype == torch.float32
-    attention_delta_kernel[(triton.cdiv(queries, 32) * batch * heads,)](
-        o, g, delta, *o.stride()[:3], *g.stride()[:3], heads, queries, dim, 32, width, num_warps=4
+    block_m = max(8, 2048 // width)
+    attention_delta_kernel[(triton.cdiv(queries, block_m) * batch * heads,)](
+        o, g, delta, *o.stride()[:3], *g.stride()[:3], heads, queries, dim, block_m, width, num_warps=4
     )
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3])
     sizes = (heads, heads // kv_heads, queries, keys, dim, scale, is_causal, dim == width)
@@ -202,7 +203,8 @@ def attention_backward(
         q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], *sizes, block_m, block_n, width, *types,
         num_warps=warps, num_stages=2, **(NO_LIMIT if exact else {}),
     )  # fmt: skip
-    block_m, block_n, warps = (TILES_Q_FP32 if exact else TILES_Q)[width]
+    tiles = TILES_Q_FP32 if exact else TILES_Q if architecture(q) < 100 else TILES_Q_SM100
+    block_m, block_n, warps = tiles[width]
     attention_bwd_q_kernel[(triton.cdiv(queries, block_m) * batch * heads,)](
         q, k, v, g, lse, delta, dq, *strides, *dq.stride()[:3], *sizes, block_m, block_n, width, *types,
         num_warps=warps, num_stages=2,

@@ -32,9 +32,9 @@ def architecture(x: Tensor) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """How many multiprocessors a tensor's device has; 3 in the interpreter, so that small tests have several programs."""
+    """How many multiprocessors a tensor's device has; 10 in the interpreter, so that small tests have several programs."""
     if x.device.type != "cuda":
-        return 3 if INTERPRETED else 132
+        return 10 if INTERPRETED else 132
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 

@@ -257,7 +257,7 @@ def layer_norm_backward(
         )  # fmt: skip
     else:
         layer_norm_wide_bwd_kernel[(rows,)](
-            grad, x, weight, mean, rstd, dx, cols, weight is not None, WIDE_BLOCK, num_warps=warps(WIDE_BLOCK)
+            grad, x, weight, mean, rstd, dx, cols, weight is not None, WIDE_BLOCK, num_warps=16
         )
         programs = triton.cdiv(rows, WIDE_ROWS)
         parts = x.new_empty((programs, 2, cols) if needs_params else 0, dtype=torch.float32)

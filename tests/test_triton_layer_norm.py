@@ -90,6 +90,10 @@ def test_same_bits_on_every_run():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_more_parts_of_the_gradients_than_are_added_in_a_step():
+    check(random(40, 1500), random(1500, seed=1), random(1500, seed=2))  # a part for each row, up to 32 a step
+
+
 def test_opcheck():
     op = torch.ops.fastgpt.layer_norm.default
     x, w, b = (random(*shape, seed=i).to(DEVICE) for i, shape in enumerate([(3, 4, 9), (9,), (9,)]))
