@@ -30,7 +30,7 @@ SIZES: dict[str, list[Size]] = {
     "quick": [(2, 2, 32, 65, 16, 2)],
 }
 PRECISIONS = (("fp32", "highest"), ("fp32", "medium"), ("bf16", "highest"))  # dtype, torch's float32 matmul precision
-OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)}
 GRAD_CLIP = 1.0
 FIRST_STEPS = 3
 SAME_LOSS = {
@@ -46,8 +46,8 @@ class Training:
     def __init__(self, model: nn.Module, dtype: str, batch: tuple[Tensor, Tensor], start: dict[str, Tensor]) -> None:
         self.model, self.call, self.dtype, self.batch, self.start = model, model, dtype, batch, start
         self.is_ours = isinstance(model, GPT)
-        make: Callable[..., Any] = build_optimizer if self.is_ours else plain_optimizer
-        self.optimizer = make(model, **OPTIMIZER)
+        self.make_optimizer: Callable[..., Any] = build_optimizer if self.is_ours else plain_optimizer
+        self.optimizer: Any = self.make_optimizer(model, **OPTIMIZER)
 
     def loss_and_gradients(self) -> Tensor:
         """The loss; gradients are left in the parameters."""
@@ -77,19 +77,11 @@ class Training:
     def first_steps(self, count: int) -> tuple[Tensor, Tensor, list[float]]:
         """From the starting weights: the first loss, all first gradients in one vector, and the losses of `count` steps."""
         self.model.load_state_dict(self.start)
-        self.optimizer = type(self.optimizer)(self._groups(), lr=OPTIMIZER["learning_rate"], **self._options())
+        self.optimizer = self.make_optimizer(self.model, **OPTIMIZER)
         loss = self.loss_and_gradients()
         gradients = flat_gradients(self.model)
         self.update()
         return loss, gradients, [loss.item(), *(self.step() for _ in range(count - 1))]
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": group["params"], "weight_decay": group["weight_decay"]} for group in self.optimizer.param_groups
-        ]
-
-    def _options(self) -> dict[str, Any]:
-        return {"betas": OPTIMIZER["betas"], **({} if self.is_ours else {"fused": True})}
 
 
 def flat_gradients(model: nn.Module) -> Tensor:
