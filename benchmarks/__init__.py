@@ -28,11 +28,16 @@ _NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 
 
 def names() -> dict[str, str]:
-    """Every benchmark's name and what it is, from the first line of its file."""
+    """Every benchmark's name and what it is, from the first line of its file.
+
+    A file without a `bench_*` function is a script of its own and not listed.
+    """
     found = {}
     for file in sorted(FOLDER.glob("bench_*.py")):
-        text = ast.get_docstring(ast.parse(file.read_text())) or ""
-        found[file.stem.removeprefix("bench_")] = text.partition("\n")[0]
+        tree = ast.parse(file.read_text())
+        if any(isinstance(node, ast.FunctionDef) and node.name.startswith("bench_") for node in tree.body):
+            text = ast.get_docstring(tree) or ""
+            found[file.stem.removeprefix("bench_")] = text.partition("\n")[0]
     return found
 
 

@@ -1,8 +1,8 @@
 """Clipping and one AdamW update of all parameters of a model, against clip_grad_norm_ and torch's fused AdamW.
 
-The tensors have the shapes of a GPT's parameters: nanoGPT's CPU run, and GPT-2 124M. Bytes: the gradients are read for their norm;
-the update reads parameters, gradients and both moments and writes all but the gradients: 8 passes over float32. torch's clipping also writes
-the gradients, and reads them for it once more.
+The tensors have the shapes of a GPT's parameters: nanoGPT's CPU run, and GPT-2 124M. Bytes: 8 passes over float32. The gradients are
+read for their norm; the update reads parameters, gradients and both moments and writes all but the gradients. torch's clipping also
+writes the gradients, and reads them for it once more.
 """
 
 import torch
