@@ -186,15 +186,24 @@ def test_budget_divides_what_is_left_by_a_step():
     budget.eval_s = 1.0
     enough = [budget.add(step_s, 0.0) for step_s in (9.0, 9.0, 9.0, *[1.0] * 5)]
     assert enough == [False] * 7 + [True]  # the first three steps do not count; then 5 steps and 5 s are there
-    assert budget.steps_left(elapsed_s=20.0) == 70  # 100 - 20 - 10 evaluations of 1 s, at 1 s a step
-    assert budget.steps_left(elapsed_s=95.0) == 0
+    # 100 - 20 s left: a tenth of it, 8 evaluations of 1 s, and 72 steps of 1 s
+    assert budget.plan(step=8, elapsed_s=20.0) == (80, 10)
+    budget.eval_s = 0.1  # cheap ones are no more than ten
+    assert budget.plan(step=8, elapsed_s=20.0) == (87, 9)
+    budget.eval_s = 20.0  # dear ones are no fewer than two
+    assert budget.plan(step=8, elapsed_s=20.0) == (48, 24)
+    assert budget.plan(step=8, elapsed_s=99.0) == (8, 4)
     fixed = Budget(100.0, 10)
     fixed.eval_s = 10.0
     assert [fixed.add(1.0, 0.0) for _ in range(8)][-1]
-    assert fixed.steps_left(elapsed_s=20.0) == 40  # a step costs 1 s and a tenth of an evaluation
+    assert fixed.plan(step=8, elapsed_s=20.0) == (48, 10)  # a step costs 1 s and a tenth of an evaluation
 
 
 def test_a_used_up_budget_ends_the_timing():
-    budget = Budget(5.0, None)
-    assert budget.add(6.0, 6.0)
-    assert budget.steps_left(6.0) == 0
+    for every in (None, 7):
+        budget = Budget(5.0, every)
+        assert budget.add(6.0, 6.0)
+        assert budget.plan(1, 6.0)[0] == 1
+        early = Budget(5.0, every)  # not one step timed yet
+        assert not early.add(0.1, 0.1)
+        assert early.plan(1, 0.1)[0] == 1

@@ -81,14 +81,14 @@ class ModelConfig:
 class TrainConfig:
     """How the model is trained."""
 
-    batch_size: int = option(16, "sequences in one forward pass", at_least=1)
+    batch_size: int = option(8, "sequences in one forward pass", at_least=1)
     grad_accum_steps: int = option(1, "forward and backward passes for one optimizer step", at_least=1)
     max_steps: int | None = option(None, "length of the run in optimizer steps", at_least=1)
     epochs: float | None = option(None, "length of the run in passes over the training text", above=0.0)
     time_budget_s: float | None = option(
         None, f"length of the run in seconds (none of the three lengths given: {DEFAULT_TIME_BUDGET_S:g})", above=0.0
     )
-    learning_rate: float = option(2e-3, "peak learning rate", above=0.0)
+    learning_rate: float = option(3e-3, "peak learning rate", above=0.0)
     min_lr: float | None = option(
         None, "learning rate at the end of the cosine (none: a tenth of the peak)", at_least=0.0
     )

@@ -304,8 +304,7 @@ class Trainer:
             progress.update(state.step, loss, self._interval_tokens / self._interval_s)
 
             if budget is not None and budget.add(now - started, state.elapsed_s):
-                state.max_steps = state.step + budget.steps_left(state.elapsed_s)
-                state.eval_interval = state.eval_interval or eval_interval(state.max_steps)
+                state.max_steps, state.eval_interval = budget.plan(state.step, state.elapsed_s)
                 schedule = self._schedule()
                 progress.set_max_steps(state.max_steps)
                 progress.say(

@@ -10,6 +10,7 @@ import math
 EVALUATIONS = 10  # in a run that leaves train.eval_interval open
 UNTIMED_STEPS = 3
 LEAST_TIMED_STEPS = 5
+EVAL_SHARE = 0.1  # of a time budget, for evaluations
 MEASURED_SHARE = 0.05  # of a time budget, spent on timing steps
 
 
@@ -44,19 +45,30 @@ class Budget:
         enough = self._steps >= UNTIMED_STEPS + LEAST_TIMED_STEPS and self._timed_s >= MEASURED_SHARE * self.seconds
         return enough or elapsed_s >= self.seconds
 
-    def steps_left(self, elapsed_s: float) -> int:
-        """How many more steps fit into the budget, evaluations (`eval_s` seconds each) included.
+    def plan(self, step: int, elapsed_s: float) -> tuple[int, int]:
+        """The length of the run in steps and the steps between evaluations, so that both fit into what is left.
+
+        Where the interval is open, evaluations may take EVAL_SHARE of the time, EVALUATIONS of them at most and two at least: on a
+        slow machine there are fewer of them and not fewer steps.
+
+        Args:
+            step: steps done.
+            elapsed_s: seconds of the budget used.
 
         >>> budget = Budget(10.0, eval_every=5)
         >>> budget.eval_s = 1.0
         >>> _ = [budget.add(0.3, 0.0) for _ in range(10)]
-        >>> budget.steps_left(elapsed_s=5.0)  # 5 s / (0.3 s + 1.0 s / 5)
-        10
+        >>> budget.plan(step=10, elapsed_s=5.0)  # 5 s / (0.3 s + 1.0 s / 5) more steps
+        (20, 5)
         """
         left = self.seconds - elapsed_s
-        if self.eval_every is None:
-            left -= EVALUATIONS * self.eval_s
-        if left <= 0 or self._steps <= UNTIMED_STEPS:
-            return 0
-        step_s = self._timed_s / (self._steps - UNTIMED_STEPS)
-        return int(left / (step_s if self.eval_every is None else step_s + self.eval_s / self.eval_every))
+        step_s = self._timed_s / max(self._steps - UNTIMED_STEPS, 1)
+        if self.eval_every is not None:
+            per_step = step_s + self.eval_s / self.eval_every
+            return step + (int(left / per_step) if left > 0 < step_s else 0), self.eval_every
+        evaluations = EVALUATIONS
+        if self.eval_s > 0:
+            evaluations = min(max(int(EVAL_SHARE * left / self.eval_s), 2), EVALUATIONS)
+        left -= evaluations * self.eval_s
+        max_steps = step + (int(left / step_s) if left > 0 < step_s else 0)
+        return max_steps, max(math.ceil(max_steps / evaluations), 1)
