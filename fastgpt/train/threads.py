@@ -2,8 +2,8 @@
 
 libgomp's threads wait by spinning, which is fastest where every thread has a core. Where something else runs on the cores, the
 thread that is waited for is not running, and the spinning one burns the time it needs: a training step on two threads of a busy
-two-core machine was 15 to 35 times slower spinning than sleeping (466 against 7,035 tokens/s, 1,000 against 17,264; nanoGPT's CPU
-model). Sleeping costs a wake-up at each parallel region instead. libgomp reads the choice once, when it is loaded, so it has to be
+two-core machine was 15 times slower spinning than sleeping (466 against 7,035 tokens/s, nanoGPT's CPU model, EPYC with AVX-512).
+Sleeping costs a wake-up at each parallel region instead. libgomp reads the choice once, when it is loaded, so it has to be
 made before torch is imported.
 """
 
