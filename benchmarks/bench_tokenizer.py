@@ -15,6 +15,7 @@ document) before anything is timed; who differs is marked and timed all the same
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -118,7 +119,7 @@ def read_documents(corpora: Path, corpus: str, mb: float) -> list[str]:
     data = (corpora / f"{corpus}_bench.txt").read_bytes()
     offsets = np.load(corpora / f"{corpus}_bench.off.npy")
     count = int(np.searchsorted(offsets, mb * 1e6))
-    return [data[a:b].decode() for a, b in zip(offsets[:count], offsets[1 : count + 1], strict=True)]
+    return [data[a:b].decode() for a, b in itertools.pairwise(offsets[: count + 1])]
 
 
 def same_ids(peer: Peer, documents: list[str], expected: list[list[int]]) -> bool:

@@ -331,3 +331,45 @@ class TestChar:
             CharTokenizer.train("")
         with pytest.raises(ValueError, match="special"):
             tokenizer.encode("abc", allowed_special={"<|x|>"})
+
+
+def test_fork_while_other_threads_encode() -> None:
+    # Run apart: the child must be able to encode although threads of its parent held workers when it was made.
+    code = """
+import os, threading
+from fastgpt.tokenizer import Tokenizer
+tokenizer = Tokenizer({bytes([i]): i for i in range(256)} | {b"ab": 256})
+text = "ab cab " * 20_000
+expected = tokenizer.encode_ordinary(text)
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        tokenizer.encode_ordinary_numpy(text)
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads: thread.start()
+codes = []
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        same = tokenizer.encode_ordinary(text) == expected
+        same = same and tokenizer.encode_ordinary_batch([text * 20] * 2, num_threads=2) == [expected * 20] * 2
+        os._exit(0 if same else 1)
+    codes.append(os.waitpid(child, 0)[1])
+stop.set()
+for thread in threads: thread.join()
+raise SystemExit(any(codes))
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_caches_are_bounded(tokenizer: Tokenizer) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(4):  # far more distinct words of every length than there is room for, most with many ids
+        words = rng.integers(97, 123, size=(40_000, 40), dtype=np.uint8).tobytes().decode()
+        lengths = rng.integers(1, 40, size=40_000)
+        text = " ".join(words[40 * i : 40 * i + n] for i, n in enumerate(lengths))
+        ids = tokenizer.encode_ordinary_numpy(text)
+        assert tokenizer.decode(ids) == text
+        assert np.array_equal(tokenizer.encode_ordinary_numpy(text), ids)
+    workers = 9  # of this test and of those before, which used threads
+    assert tokenizer._bpe.cache_bytes() <= workers * (21 << 20)

@@ -14,9 +14,10 @@
 namespace fastgpt::bpe {
 namespace {
 
-constexpr size_t kBatchSpans = 512;               // pre-tokens found before their ids are looked up
-constexpr size_t kThreadBytes = size_t{1} << 20;  // text that is worth handing to another thread
-constexpr size_t kKeptBytes = size_t{4} << 20;    // scratch memory above this is given back
+constexpr size_t kBatchSpans = 512;  // pre-tokens found before their ids are looked up
+constexpr size_t kCopyBytes = 4096;  // texts up to this are copied to where all of their bytes can be read in place
+constexpr size_t kThreadBytes = size_t{1} << 20;                       // text that is worth handing to another thread
+constexpr size_t kKeptBytes = size_t{4} << 20;                         // scratch memory above this is given back
 constexpr size_t kRoom = WordCache::kReadable + Vocabulary::kPadding;  // readable after a pre-token taken in place
 constexpr size_t kSlackIds = WordCache::kSlackIds;
 
@@ -57,6 +58,7 @@ struct Encoder::Worker {
   MergeScratch scratch;
   uint32_t ends[kBatchSpans];
   WordCache::Probe probes[kBatchSpans];
+  uint8_t text[kCopyBytes + kRoom] = {};
 };
 
 // A worker of the encoder for the time of one call, or a new one when all are in use.
@@ -149,11 +151,12 @@ size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, si
 }
 
 // The ids of the pre-tokens that begin at `begin` and end at worker.ends[0, spans).
-uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t spans,
+// Of the text, `readable` bytes may be read, at least its size.
+uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t readable, size_t begin, size_t spans,
                                 uint32_t* out) const {
   // How many can be read and merged in place.
   size_t inside = spans;
-  while (inside && worker.ends[inside - 1] + kRoom > size) --inside;
+  while (inside && worker.ends[inside - 1] + kRoom > readable) --inside;
   size_t from = begin;
   for (size_t i = 0; i < inside; from = worker.ends[i++]) {
     const size_t n = worker.ends[i] - from;
@@ -174,7 +177,7 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t size
     }
   }
   for (size_t i = inside; i < spans; begin = worker.ends[i++]) {
-    out += encode_word(worker, text, size, begin, worker.ends[i], out);
+    out += encode_word(worker, text, readable, begin, worker.ends[i], out);
   }
   return out;
 }
@@ -201,11 +204,16 @@ void Encoder::encode(std::string_view text, IdBuffer& out) const {
   if (text.empty()) return;
   Borrowed worker(*this);
   scan_chunks(text, [&](const uint8_t* p, size_t size) {
-    size_t pos = 0;
+    size_t pos = 0, readable = size;
+    if (size <= kCopyBytes) {
+      std::memcpy(worker->text, p, size);
+      p = worker->text;
+      readable = sizeof(worker->text);
+    }
     while (pos < size) {
       const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
       out.reserve_more(worker->ends[spans - 1] - pos + kSlackIds);
-      uint32_t* const ids = encode_words(*worker, p, size, pos, spans, out.data() + out.size());
+      uint32_t* const ids = encode_words(*worker, p, readable, pos, spans, out.data() + out.size());
       out.set_size(static_cast<size_t>(ids - out.data()));
       pos = worker->ends[spans - 1];
     }

@@ -101,7 +101,7 @@ class Encoder {
   template <class Word>
   void for_each_word(std::string_view text, const Word& word) const;
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
-  uint32_t* encode_words(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t spans,
+  uint32_t* encode_words(Worker& worker, const uint8_t* text, size_t readable, size_t begin, size_t spans,
                          uint32_t* out) const;
   size_t merge_long_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
   size_t merge_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;

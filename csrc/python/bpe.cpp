@@ -135,13 +135,18 @@ class Bpe {
     for (const auto& [text, id] : special_tokens_) slots = std::max<size_t>(slots, id + size_t{1});
     pieces_.resize(slots);
     for (uint32_t id = 0; id < vocabulary.slots(); ++id) pieces_[id] = vocabulary.bytes(id);
+    size_t special_bytes = Vocabulary::kPadding;
+    for (const auto& [text, id] : special_tokens_) special_bytes += text.size();
+    special_arena_.reserve(special_bytes);  // so that it does not move
     for (const auto& [text, id] : special_tokens_) {
       if (!pieces_[id].empty()) {
         throw std::invalid_argument("the special token " + text + " has the id " + std::to_string(id) +
                                     " of another token");
       }
-      pieces_[id] = text;
+      special_arena_ += text;
+      pieces_[id] = std::string_view(special_arena_).substr(special_arena_.size() - text.size());
     }
+    special_arena_.append(Vocabulary::kPadding, '\0');
     ints_.resize(slots);
   }
 
@@ -352,7 +357,12 @@ class Bpe {
 
   std::string_view piece_of(py::handle id) const {
     size_t value;
-    if (PyLong_Check(id.ptr())) {
+    if (PyLong_CheckExact(id.ptr())) {
+      int overflow;
+      const long long number = PyLong_AsLongLongAndOverflow(id.ptr(), &overflow);
+      if (overflow || number < 0) throw_bad_id(id);
+      value = static_cast<size_t>(number);
+    } else if (PyLong_Check(id.ptr())) {
       value = PyLong_AsSize_t(id.ptr());
     } else {
       PyObject* const index = PyNumber_Index(id.ptr());
@@ -371,6 +381,14 @@ class Bpe {
     return pieces_[value];
   }
 
+  // Copies a piece; both ends have kPadding bytes behind it, so that short ones are copied without a loop.
+  static char* put(char* out, std::string_view piece) {
+    static_assert(Vocabulary::kPadding == 16);
+    std::memcpy(out, piece.data(), 16);
+    if (__builtin_expect(piece.size() > 16, 0)) std::memcpy(out + 16, piece.data() + 16, piece.size() - 16);
+    return out + piece.size();
+  }
+
   template <class T>
   std::string join_array(const py::array_t<T, py::array::c_style>& ids) const {
     const T* const data = ids.data();
@@ -382,8 +400,10 @@ class Bpe {
       total += pieces_[id].size();
     }
     std::string text;
-    text.reserve(total);
-    for (size_t i = 0; i < n; ++i) text += pieces_[static_cast<size_t>(data[i])];
+    text.resize(total + Vocabulary::kPadding);
+    char* out = text.data();
+    for (size_t i = 0; i < n; ++i) out = put(out, pieces_[static_cast<size_t>(data[i])]);
+    text.resize(total);
     return text;
   }
 
@@ -412,8 +432,16 @@ class Bpe {
     const py::object keep = py::reinterpret_steal<py::object>(fast);
     const Py_ssize_t n = PySequence_Fast_GET_SIZE(fast);
     std::string text;
-    text.reserve(static_cast<size_t>(n) * 5);
-    for (Py_ssize_t i = 0; i < n; ++i) text += piece_of(PySequence_Fast_GET_ITEM(fast, i));
+    size_t size = 0;
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      const std::string_view piece = piece_of(PySequence_Fast_GET_ITEM(fast, i));
+      if (text.size() < size + piece.size() + Vocabulary::kPadding) {
+        text.resize(size + piece.size() + Vocabulary::kPadding + size / 2 + static_cast<size_t>(n - i) * 5);
+      }
+      put(text.data() + size, piece);
+      size += piece.size();
+    }
+    text.resize(size);
     return text;
   }
 
@@ -421,7 +449,8 @@ class Bpe {
   std::vector<std::pair<std::string, uint32_t>> special_tokens_;
   SpecialFinder all_special_;
   std::vector<std::string_view> pieces_;  // by id, special tokens included; empty: no such id
-  mutable std::vector<PyObject*> ints_;   // by id; null until it is needed
+  std::string special_arena_;
+  mutable std::vector<PyObject*> ints_;  // by id; null until it is needed
 };
 
 class PyTrainer {
