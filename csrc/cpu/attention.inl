@@ -18,6 +18,8 @@
 // queries, and P V and the three products of the backward take that same layout. Sums run in the order of the keys (or
 // queries) whatever the number of threads.
 //
+// Backward and forward round scale * s alike, so that lse takes a lone or dominant score away exactly.
+//
 // Storage is fp32 or bf16, sums and softmax are fp32; where the chip multiplies bf16 pairs, P and dS are rounded to
 // bf16 for the products.
 
@@ -49,7 +51,7 @@ INLINE Vec exp2(Vec x) {
   const Vec r = (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x); 0 for -inf
 #else
   const Vec given = x;
-  x = max(x, splat(-126.0f));
+  x = max(splat(-126.0f), x);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = (x - 0.5f) + magic;
   const Vec r = x - (shifted - magic);
@@ -78,8 +80,6 @@ INLINE Vec exp2(Vec x) {
   return given < -126.0f ? Vec{} : result;
 #endif
 }
-
-constexpr float kLog2ERest = 1.92596299e-8f;  // log2(e) - kLog2E
 
 // log(x) of a sum of exponentials: 0, inf, NaN or a normal number. Cephes' logf (S. Moshier).
 INLINE Vec log_of_sum(Vec x) {
@@ -110,6 +110,10 @@ INLINE Vec lane_numbers() {
   for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(i);
   return v;
 }
+
+// The factor of a difference of scores in the exponent of 2. The scale's sign, or a scale of 0, works on q instead, so
+// that the largest score is the largest whatever the scale.
+INLINE float exponent_scale(float scale) { return scale == 0.0f ? kLog2E : std::fabs(scale) * kLog2E; }
 
 // What a block of queries sees of a block of keys: key row j is seen by the query lanes i >= j + first.
 struct Window {
@@ -232,7 +236,7 @@ void attention(const AttentionArgs& a, int threads) {
   if (a.batch * a.heads * a.queries == 0) return;
   with_type(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    if (a.queries == 1) {
+    if (a.queries == 1 && a.keys > kBlock) {
       attention_decode<T>(a, threads);
     } else {
       attention_forward<T>(a, threads);

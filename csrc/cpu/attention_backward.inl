@@ -44,7 +44,7 @@ struct BackwardTask {
   Element *p_rows, *ds_rows;        // (kBlock, kBlock / kTerms); s and dp themselves where an element is a float
   Element* ds_pairs;                // (kBlock / kTerms, kBlock); dp itself where an element is a float
   float *dq, *delta;
-  float *lse, *lse_rest;  // times log2(e), in two parts
+  float* lse;
 
   explicit BackwardTask(const AttentionBackwardArgs& args)
       : a(args),
@@ -53,7 +53,7 @@ struct BackwardTask {
         row_ld(round_up(depth, kLanes)),
         columns(static_cast<int>(wide / kLanes)) {
     const int64_t block = Arena::room(kBlock * wide), square = kBlock * kBlock;
-    Arena arena(8 * block + 5 * square + 3 * kBlock);
+    Arena arena(8 * block + 5 * square + 2 * kBlock);
     for (Element** p : {&q_columns, &do_columns, &q_pairs, &do_pairs}) *p = arena.take<Element>(kBlock * wide);
     k_rows = arena.take<Element>(kBlock * row_ld);
     v_rows = arena.take<Element>(kBlock * row_ld);
@@ -68,7 +68,7 @@ struct BackwardTask {
       for (Element** p : {&p_rows, &ds_rows, &ds_pairs}) *p = arena.take<Element>(square / kTerms);
     }
     dq = arena.take<float>(kBlock * wide);
-    for (float** p : {&delta, &lse, &lse_rest}) *p = arena.take<float>(kBlock);
+    for (float** p : {&delta, &lse}) *p = arena.take<float>(kBlock);
   }
 
   void load_queries(int64_t b, int64_t h, int64_t i0, int64_t nq) {
@@ -80,12 +80,6 @@ struct BackwardTask {
     Pack<Math>::pairs(d_out, a.do_.stride_t, nq, a.dim, do_pairs, wide);
     std::copy_n(a.lse + (b * a.heads + h) * a.queries + i0, nq, lse);
     std::fill(lse + nq, lse + kBlock, 0.0f);
-    for (int lane = 0; lane < kBlock; lane += kLanes) {
-      const Vec row = load(lse + lane), high = row * kLog2E;
-      const Vec rest = fma(row, splat(kLog2E), -high) + row * kLog2ERest;
-      store(lse + lane, high);
-      store(lse_rest + lane, rest == rest ? rest : Vec{});  // inf - inf
-    }
     for (int64_t r = 0; r < nq; ++r) delta[r] = dot(d_out + r * a.do_.stride_t, at<const T>(a.o, b, h, i0 + r));
     std::fill(delta + nq, delta + kBlock, 0.0f);
   }
@@ -118,17 +112,16 @@ struct BackwardTask {
 
   // P and dS from s and dp; 0 where masked.
   void weights(const Window& w) {
-    const Vec scale = splat(a.scale * kLog2E);
     for (int j = 0; j < round_up(w.keys, kTileRows); j += 2) {
       const bool masked = w.masked(j, 2);
       for (int c = w.first_vector(j / kTileRows * kTileRows); c < w.vectors; ++c) {
         const int lane = c * kLanes;
-        const Vec row_lse = load(lse + lane), row_rest = load(lse_rest + lane), row_delta = load(delta + lane);
+        const Vec row_lse = load(lse + lane), row_delta = load(delta + lane);
         Vec p[2], ds[2];
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
           const int64_t place = (j + r) * kBlock + lane;
-          p[r] = exp2<kShort>(fma(load(s + place), scale, -row_lse) - row_rest);
+          p[r] = exp2<kShort>((load(s + place) * a.scale - row_lse) * kLog2E);
           ds[r] = p[r] * (load(dp + place) - row_delta);
           if (masked) {
             p[r] = w.apply(j + r, c, p[r], 0.0f);

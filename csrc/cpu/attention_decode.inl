@@ -60,7 +60,7 @@ template <class T>
 INLINE void decode_span(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t begin, int64_t end, const float* q,
                         float* partials, int64_t wide) {
   const int64_t group = a.heads / a.kv_heads;
-  const float scale = a.scale == 0.0f ? kLog2E : std::fabs(a.scale) * kLog2E;  // the sign is in q
+  const float scale = exponent_scale(a.scale);
   for (int64_t g = 0; g < group; ++g) {
     const Partial state{partials + g * Partial::room(wide)};
     state.most() = kMinusInfinity;
@@ -82,13 +82,13 @@ INLINE void decode_span(const AttentionArgs& a, int64_t b, int64_t kv_head, int6
         store(weights + j, score);
         most = max(score, most);
       }
-      const float block_most = max(most) * scale;
+      const float block_most = max(most);
       const float new_most = block_most > state.most() ? block_most : state.most();
       const float safe = new_most == kMinusInfinity ? 0.0f : new_most;
-      const float factor = exp2<false>(splat(state.most() - safe))[0];
+      const float factor = exp2<false>(splat((state.most() - safe) * scale))[0];
       Vec sums = {};
       for (int j = 0; j < keys; j += kLanes) {
-        const Vec weight = exp2<false>(fma(load(weights + j), splat(scale), splat(-safe)));
+        const Vec weight = exp2<false>((load(weights + j) - safe) * scale);
         store(weights + j, weight);
         sums = sums + weight;
       }
@@ -114,13 +114,15 @@ INLINE void decode_span(const AttentionArgs& a, int64_t b, int64_t kv_head, int6
 template <class T>
 INLINE void decode_finish(const AttentionArgs& a, int64_t b, int64_t h, const float* first, int64_t step, int64_t spans,
                           int64_t wide, float* row) {
+  const float scale = exponent_scale(a.scale);
   float most = kMinusInfinity, total = 0.0f;
   std::fill_n(row, wide, 0.0f);
   for (int64_t s = 0; s < spans; ++s) {
     const Partial part{const_cast<float*>(first + s * step)};
     const float new_most = part.most() > most ? part.most() : most;
     const float safe = new_most == kMinusInfinity ? 0.0f : new_most;
-    const Vec before = exp2<false>(splat(most - safe)), now = exp2<false>(splat(part.most() - safe));
+    const Vec before = exp2<false>(splat((most - safe) * scale)),
+              now = exp2<false>(splat((part.most() - safe) * scale));
     for (int64_t d = 0; d < wide; d += kLanes) store(row + d, load(row + d) * before + load(part.o() + d) * now);
     total = total * before[0] + part.sum() * now[0];
     most = new_most;
@@ -128,7 +130,7 @@ INLINE void decode_finish(const AttentionArgs& a, int64_t b, int64_t h, const fl
   const bool nothing = a.keys == 0;
   store_row(at<T>(a.o, b, h, 0), row, nothing ? 0.0f : 1.0f / total, a.dim);
   a.lse[b * a.heads + h] =
-      nothing ? kMinusInfinity : static_cast<float>(most * 0.6931471805599453 + std::log(static_cast<double>(total)));
+      nothing ? kMinusInfinity : most * std::fabs(a.scale) + static_cast<float>(std::log(static_cast<double>(total)));
 }
 
 template <class T>

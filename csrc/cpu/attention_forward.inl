@@ -13,8 +13,8 @@ struct ForwardTask {
   struct Panel {
     Element* q;   // (dim / kTerms, kBlock): transposed
     float* o;     // (kBlock, wide): sums so far
-    float* most;  // (kBlock): the largest score so far, times scale
-    float* sum;   // (kBlock): of 2^(scale score - most)
+    float* most;  // (kBlock): the largest score so far
+    float* sum;   // (kBlock): of 2^(scale (score - most))
   };
 
   const AttentionArgs& a;
@@ -33,7 +33,7 @@ struct ForwardTask {
         wide(round_up(a.dim, kLanes)),
         depth((a.dim + kTerms - 1) / kTerms),
         k_ld(round_up(depth, kLanes)),
-        scale(a.scale == 0.0f ? kLog2E : std::fabs(a.scale) * kLog2E) {
+        scale(exponent_scale(a.scale)) {
     const int64_t block = Arena::room(kBlock * wide), lanes = Arena::room(kBlock);
     Arena arena((3 + 2 * kPanels) * block + 2 * kBlock * kBlock + 2 * kPanels * lanes + kPanels * kBlock);
     k = arena.take<Element>(kBlock * k_ld);
@@ -81,23 +81,23 @@ struct ForwardTask {
     }
     for (int c = 0; c < w.vectors; ++c) {
       const Vec before = load(panel.most + c * kLanes);
-      const Vec now = max(most[c] * scale, before);
+      const Vec now = max(most[c], before);
       safe[c] = now == kMinusInfinity ? Vec{} : now;  // all -inf so far: -inf - -inf would be NaN
       store(panel.most + c * kLanes, now);
-      store(alpha + c * kLanes, exp2<false>(before - safe[c]));
+      store(alpha + c * kLanes, exp2<false>((before - safe[c]) * scale));
     }
   }
 
-  // p = 2^(scale s - most) and its sums. The scale comes in with one rounding, of a difference that is small where the
-  // weight is large.
+  // p = 2^(scale (s - most)) and its sums. The difference first: it is exact where the weight is large, and never
+  // positive, however large the scores.
   void weights(const Panel& panel, const Window& w, const float* alpha, const Vec* safe) {
     for (int c = 0; c < w.vectors; ++c) {
       const int lane = c * kLanes;
       const int end = w.keys_until(lane + kLanes - 1);
       Vec even_sum = {}, odd_sum = {};
       for (int j = 0; j < end; j += 2) {  // a row of padding after an odd last key is -inf
-        const Vec even = exp2<kShort>(fma(load(s + j * kBlock + lane), splat(scale), -safe[c]));
-        const Vec odd = exp2<kShort>(fma(load(s + (j + 1) * kBlock + lane), splat(scale), -safe[c]));
+        const Vec even = exp2<kShort>((load(s + j * kBlock + lane) - safe[c]) * scale);
+        const Vec odd = exp2<kShort>((load(s + (j + 1) * kBlock + lane) - safe[c]) * scale);
         even_sum = even_sum + even;
         odd_sum = odd_sum + odd;
         store_weights(j, lane, even, odd);
@@ -141,7 +141,7 @@ struct ForwardTask {
       const Vec sum = load(panel.sum + lane);
       store(inverse + lane, 1.0f / sum);
       const Vec most = load(panel.most + lane);
-      store(lse + lane, fma(most, splat(kLn2), fma(most, splat(kLn2Rest), log_of_sum(sum))));
+      store(lse + lane, most * std::fabs(a.scale) + log_of_sum(sum));
     }
     for (int64_t r = 0; r < nq; ++r) {
       const bool nothing = keys_end(a, i0 + r + 1) == 0;

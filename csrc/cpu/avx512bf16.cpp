@@ -1,21 +1,19 @@
-// The AVX-512 table with products of bf16 pairs (AVX512_BF16: Cooper Lake, Sapphire Rapids, Zen 4 and later): attention is
-// its own, everything else is the AVX-512 table's.
+// The AVX-512 table with products of bf16 pairs (AVX512_BF16: Cooper Lake, Sapphire Rapids, Zen 4 and later): attention
+// is its own, everything else is the AVX-512 table's.
 #include "cpu/includes.h"
 
 #if defined(FASTGPT_X86)
-#pragma GCC target( \
-    "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 #define FASTGPT_LANES 16
 #define FASTGPT_BF16_DOT 1
 
 namespace fastgpt::cpu {
 namespace {
 
+#include "cpu/attention.inl"
+#include "cpu/parallel.inl"
 #include "cpu/vec.inl"
 #include "cpu/vec_math.inl"
-#include "cpu/parallel.inl"
-
-#include "cpu/attention.inl"
 
 }  // namespace
 
