@@ -197,9 +197,9 @@ def test_kill_9_in_the_middle_of_a_run_and_resume_reach_the_same_weights(tmp_pat
     """Killed twice at some moment, a run still ends with the same losses and the same weights as one left alone."""
     data = text_file(tmp_path)
     changes = {
-        "train__max_steps": 900,
+        "train__max_steps": 300,
         "train__eval_interval": 100,
-        "train__checkpoint_interval": 7,
+        "train__checkpoint_interval": 9,
         "model__dropout": 0.1,
     }
     whole = start(tmp_path, "whole", data, **changes)
