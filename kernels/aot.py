@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,15 +53,15 @@ def softmax_calls() -> Calls:
     for dtype, cols in itertools.product((HALF, FULL), (65, 1024, 4096, 16384, 50304)):
         x, mask = meta(8, 12, 64, cols, dtype=dtype), meta(8, 1, 1, cols, dtype=FULL)
         for name, bias, is_causal in (("", None, False), (" causal", None, True), (" mask causal", mask, True)):
-            yield f"{NAMES[dtype]} {cols}{name}", lambda x=x, b=bias, c=is_causal: softmax.softmax(x, b, 0.125, c)
-        yield f"{NAMES[dtype]} {cols} backward", lambda x=x: softmax.softmax_backward(x, x, 0.125)
+            yield f"{NAMES[dtype]} {cols}{name}", partial(softmax.softmax, x, bias, 0.125, is_causal)
+        yield f"{NAMES[dtype]} {cols} backward", partial(softmax.softmax_backward, x, x, 0.125)
 
 
 def activation_calls() -> Calls:
     for dtype, kind in itertools.product((HALF, FULL), activation.KINDS):
         x = meta(64, 1024, 3072, dtype=dtype)
-        yield f"{NAMES[dtype]} {kind}", lambda x=x, kind=kind: activation.activation(kind, x)
-        yield f"{NAMES[dtype]} {kind} backward", lambda x=x, kind=kind: activation.activation_backward(kind, x, x)
+        yield f"{NAMES[dtype]} {kind}", partial(activation.activation, kind, x)
+        yield f"{NAMES[dtype]} {kind} backward", partial(activation.activation_backward, kind, x, x)
 
 
 def attention_calls() -> Calls:
@@ -72,11 +73,11 @@ def attention_calls() -> Calls:
         lse = meta(8, 12, 1024, dtype=FULL)
         what = f"{NAMES[dtype]}{' tf32' * (precision == 'high')} {dim}{' causal' * is_causal}"
         torch.set_float32_matmul_precision(precision)
-        yield what, lambda q=q, k=k, c=is_causal: attention.attention(q, k, k, c, 0.125)
-        yield f"{what} decode", lambda q=q, k=k, c=is_causal: attention.attention(q[:, :, :1], k, k, c, 0.125)
+        yield what, partial(attention.attention, q, k, k, is_causal, 0.125)
+        yield f"{what} decode", partial(attention.attention, q[:, :, :1], k, k, is_causal, 0.125)
         yield (
             f"{what} backward",
-            lambda q=q, k=k, s=lse, c=is_causal: attention_backward.attention_backward(q, q, k, k, q, s, c, 0.125),
+            partial(attention_backward.attention_backward, q, q, k, k, q, lse, is_causal, 0.125),
         )
     torch.set_float32_matmul_precision("highest")
 
@@ -85,10 +86,10 @@ def cross_entropy_calls() -> Calls:
     for dtype, classes, smoothing in itertools.product((HALF, FULL), (65, 50304), (0.0, 0.1)):
         x, target, lse = meta(8192, classes, dtype=dtype), meta(8192, dtype=torch.int64), meta(8192, dtype=FULL)
         what, options = f"{NAMES[dtype]} {classes} smoothing {smoothing}", (-100, "mean", smoothing)
-        yield what, lambda x=x, t=target, o=options: cross_entropy.cross_entropy(x, t, *o)
+        yield what, partial(cross_entropy.cross_entropy, x, target, *options)
         yield (
             f"{what} backward",
-            lambda x=x, t=target, s=lse, o=options: cross_entropy.cross_entropy_backward(s.sum(), x, t, s, *o),
+            partial(cross_entropy.cross_entropy_backward, lse.sum(), x, target, lse, *options),
         )
 
 
@@ -98,9 +99,9 @@ def layer_norm_calls() -> Calls:
     ):
         x, p, s = meta(8, 1024, cols, dtype=dtype), meta(cols, dtype=params), meta(8, 1024, dtype=FULL)
         what = f"{NAMES[dtype]} {NAMES[params]} {cols}"
-        yield what, lambda x=x, p=p: layer_norm.layer_norm(x, p, p, 1e-5)
-        yield f"{what} plain", lambda x=x: layer_norm.layer_norm(x, None, None, 1e-5)
-        yield f"{what} backward", lambda x=x, p=p, s=s: layer_norm.layer_norm_backward(x, x, p, s, s, True)
+        yield what, partial(layer_norm.layer_norm, x, p, p, 1e-5)
+        yield f"{what} plain", partial(layer_norm.layer_norm, x, None, None, 1e-5)
+        yield f"{what} backward", partial(layer_norm.layer_norm_backward, x, x, p, s, s, True)
 
 
 CALLS: dict[str, Callable[[], Calls]] = {
