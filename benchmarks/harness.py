@@ -13,8 +13,8 @@ A case runs in this order:
 
 1. Every variant runs once, and what it returns is compared with `expected`, computed in float64. The error is the largest difference
    over the largest expected value. Ours may be off by twice the baseline's error (the first variant that is not ours) plus
-   `SLACK`; any other variant by `SAME_COMPUTATION`, beyond which it computes something else. A case that breaks this fails and gives
-   no numbers.
+   `SLACK`, and never by more than `OURS_AT_MOST`; any other variant by `OTHERS_AT_MOST`, beyond which it computes something else. A case
+   that breaks this fails and gives no numbers.
 2. Every variant is warmed up and gets a number of calls a round such that a round takes at least ROUND_S.
 3. Rounds go through all variants in turn, each round beginning with another one, until MIN_ROUNDS are done and BUDGET_S is over
    (MAX_ROUNDS at most). The clock drifts and other work intrudes; in turns, it does so for all variants alike.
@@ -45,7 +45,10 @@ BUDGET_S = 1.0
 QUICK_ROUNDS = 2
 
 SLACK = 4 * torch.finfo(torch.float32).eps  # a baseline that is right by luck must not fail ours
-SAME_COMPUTATION = {"fp32": 1e-4, "bf16": 3e-2}
+OURS_AT_MOST = {"fp32": 1e-4, "bf16": 3e-2}
+# Wider, because torch's own sums can be that far off: the bias gradient of its bf16 layer norm over 8192 rows by 11 %, its fp32 norm of
+# 124M gradients by 0.08 % (so that clipped moments are by 0.15 %). It is there to catch variants that were set up differently.
+OTHERS_AT_MOST = {"fp32": 1e-2, "bf16": 0.2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METHOD = (
     f"median of {MIN_ROUNDS} to {MAX_ROUNDS} rounds of at least {ROUND_S * 1e3:.0f} ms, variants in turns; "
@@ -126,14 +129,14 @@ def check(variants: Sequence[Variant], errors: Sequence[Sequence[float]], dtype:
     Args:
         variants: of one case.
         errors: for each variant, those of the tensors it returned.
-        dtype: a key of SAME_COMPUTATION.
+        dtype: "fp32" or "bf16".
 
     Raises:
         DisagreementError: a variant breaks the rule; names it, its errors and the limits.
     """
     baseline = next((e for v, e in zip(variants, errors, strict=True) if not v.ours), None)
     for variant, found in zip(variants, errors, strict=True):
-        limits = [SAME_COMPUTATION[dtype]] * len(found)
+        limits = [(OURS_AT_MOST if variant.ours else OTHERS_AT_MOST)[dtype]] * len(found)
         if variant.ours and baseline is not None:
             limits = [min(limit, 2 * base + SLACK) for limit, base in zip(limits, baseline, strict=True)]
         if any(not error <= limit for error, limit in zip(found, limits, strict=True)):
