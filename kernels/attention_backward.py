@@ -26,7 +26,7 @@ TILES_KV_FP32 = {16: (32, 64, 4), 32: (32, 64, 4), 64: (32, 32, 4), 128: (16, 16
 TILES_Q_FP32 = {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 8)}
 
 # left to itself ptxas spills a few registers of the float32 kernel to fit more of them on a multiprocessor; an option of NVIDIA's only
-NO_LIMIT = {} if torch.version.hip else {"maxnreg": 255}
+NO_LIMIT: dict[str, int] = {} if torch.version.hip else {"maxnreg": 255}
 
 
 @triton.jit

@@ -147,7 +147,7 @@ def softmax(x: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Te
         return y
     batch, heads, queries, cols = _as_4d(x.shape)
     rows = batch * heads * queries
-    strides = (0, 0, 0, 0)
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask = mask.expand(x.shape)
         mask = mask.reshape(batch, heads, queries, cols) if mask.dim() > 4 else mask
