@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 namespace fastgpt::bpe {
 namespace {
 
+constexpr size_t kRadixBits = 11;
 constexpr size_t kSmall = 64;                   // bytes up to which the scan beats the heap
 constexpr size_t kKeptBytes = size_t{4} << 20;  // scratch memory above this is given back
 
@@ -63,16 +65,39 @@ size_t merge_small(const Vocabulary& vocabulary, const Join& join, const uint8_t
   return count;
 }
 
+// Sorts candidates (rank << 32 | position) that ascend by position: a stable radix sort by rank, which for a megabyte
+// costs a fifth of sorting by comparing.
+void sort_candidates(std::vector<uint64_t>& candidates, std::vector<uint64_t>& other) {
+  if (candidates.size() < 4096) {
+    std::sort(candidates.begin(), candidates.end());
+    return;
+  }
+  uint64_t all_bits = 0;
+  for (const uint64_t candidate : candidates) all_bits |= candidate >> 32;
+  other.resize(candidates.size());
+  for (int shift = 32; all_bits >> (shift - 32); shift += kRadixBits) {
+    uint32_t places[1 << kRadixBits] = {};
+    auto digit = [&](uint64_t candidate) { return candidate >> shift & ((1 << kRadixBits) - 1); };
+    for (const uint64_t candidate : candidates) ++places[digit(candidate)];
+    uint32_t before = 0;
+    for (uint32_t& place : places) before += std::exchange(place, before);
+    for (const uint64_t candidate : candidates) other[places[digit(candidate)]++] = candidate;
+    candidates.swap(other);
+  }
+}
+
 template <class Join>
 size_t merge_large(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out,
                    MergeScratch& scratch) {
   using Node = MergeScratch::Node;
   const uint32_t size = static_cast<uint32_t>(n);
   std::vector<Node>& nodes = scratch.nodes;
+  // The pairs of the beginning are sorted once and taken in order; only those that merging makes go through a heap.
+  std::vector<uint64_t>& sorted = scratch.sorted;
   std::vector<uint64_t>& heap = scratch.heap;
   nodes.resize(n);
-  heap.clear();
-  heap.reserve(n);
+  sorted.clear();
+  sorted.reserve(n);
   auto look = [&](uint32_t at) {  // refreshes the rank of joining the node at `at` with the next one
     Node& node = nodes[at];
     node.rank = kNone;
@@ -87,18 +112,25 @@ size_t merge_large(const Vocabulary& vocabulary, const Join& join, const uint8_t
   }
   for (uint32_t i = 0; i + 1 < size; ++i) {
     look(i);
-    if (nodes[i].rank != kNone) heap.push_back(uint64_t{nodes[i].rank} << 32 | i);
+    if (nodes[i].rank != kNone) sorted.push_back(uint64_t{nodes[i].rank} << 32 | i);
   }
-  std::make_heap(heap.begin(), heap.end(), std::greater<>());
+  sort_candidates(sorted, heap);
+  heap.clear();
   auto push = [&](uint32_t at) {
     if (nodes[at].rank == kNone) return;
     heap.push_back(uint64_t{nodes[at].rank} << 32 | at);
     std::push_heap(heap.begin(), heap.end(), std::greater<>());
   };
-  while (!heap.empty()) {
-    const uint32_t rank = static_cast<uint32_t>(heap.front() >> 32), at = static_cast<uint32_t>(heap.front());
-    std::pop_heap(heap.begin(), heap.end(), std::greater<>());
-    heap.pop_back();
+  for (size_t taken = 0; taken < sorted.size() || !heap.empty();) {
+    uint64_t best;
+    if (heap.empty() || (taken < sorted.size() && sorted[taken] < heap.front())) {
+      best = sorted[taken++];
+    } else {
+      best = heap.front();
+      std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+      heap.pop_back();
+    }
+    const uint32_t rank = static_cast<uint32_t>(best >> 32), at = static_cast<uint32_t>(best);
     if (nodes[at].rank != rank) continue;  // changed since, or joined into its left neighbour
     const uint32_t gone = nodes[at].next;
     nodes[at].id = nodes[at].joined;
@@ -115,6 +147,7 @@ size_t merge_large(const Vocabulary& vocabulary, const Join& join, const uint8_t
   size_t count = 0;
   for (uint32_t i = 0; i != size; i = nodes[i].next) out[count++] = nodes[i].id;
   if (nodes.capacity() * sizeof(Node) > kKeptBytes) std::vector<Node>().swap(nodes);
+  if (sorted.capacity() * sizeof(uint64_t) > kKeptBytes) std::vector<uint64_t>().swap(sorted);
   if (heap.capacity() * sizeof(uint64_t) > kKeptBytes) std::vector<uint64_t>().swap(heap);
   return count;
 }

@@ -1,8 +1,8 @@
 // Byte-pair merging of one pre-token.
 //
 // Starts from single bytes and joins the neighbours of lowest rank, the leftmost of equals, until none can be joined.
-// Short pieces: a scan for the minimum over packed arrays. Long ones: a heap and a linked list, O(n log n), so that a
-// megabyte without a boundary is no trap.
+// Short pieces: a scan for the minimum over packed arrays. Long ones: sorted candidates, a heap for those that merging
+// makes, and a linked list, O(n log n), so that a megabyte without a boundary is no trap.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ struct MergeScratch {
     uint32_t next, previous;    // positions
   };
   std::vector<Node> nodes;
-  std::vector<uint64_t> heap;  // rank << 32 | position
+  std::vector<uint64_t> sorted, heap;  // rank << 32 | position
   std::vector<uint8_t> padded;
 };
 
