@@ -13,8 +13,8 @@ A case runs in this order:
 
 1. Every variant runs once, and what it returns is compared with `expected`, computed in float64. The error is the largest difference
    over the largest expected value. Ours may be off by twice the baseline's error (the first variant that is not ours) plus
-   `SLACK`, and never by more than `OURS_AT_MOST`; any other variant by `OTHERS_AT_MOST`, beyond which it computes something else. A case
-   that breaks this fails and gives no numbers.
+   `SLACK`, and never by more than `OURS_AT_MOST`; any other variant by `OTHERS_AT_MOST`, beyond which it computes something else. A
+   case that breaks this fails and gives no numbers.
 2. Every variant is warmed up and gets a number of calls a round such that a round takes at least ROUND_S.
 3. Rounds go through all variants in turn, each round beginning with another one, until MIN_ROUNDS are done and BUDGET_S is over
    (MAX_ROUNDS at most). The clock drifts and other work intrudes; in turns, it does so for all variants alike.
