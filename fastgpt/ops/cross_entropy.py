@@ -117,7 +117,7 @@ def cross_entropy(
 
     Raises:
         TypeError: logits that are not floating, targets that are not int64. ValueError: shapes or options that do not fit.
-        IndexError: a target outside [0, C).
+        IndexError: a target outside [0, C); on a GPU, where raising would wait for the kernel, that row's loss is NaN instead.
     """
     if not input.is_floating_point():
         raise TypeError(f"cross_entropy: input has dtype {input.dtype}, expected a floating-point dtype")
