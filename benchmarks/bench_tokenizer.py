@@ -24,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -81,9 +83,7 @@ def load(name: str, encoding: str, vocab: Path) -> Peer:
             theirs.decode_bytes,
         )
     if name == "gigatoken":
-        import gigatoken
-
-        giga = gigatoken.Tokenizer.from_tiktoken(path)
+        giga = import_module("gigatoken").Tokenizer.from_tiktoken(path)
         return Peer(
             lambda texts: giga.encode_batch(texts, parallel=False),
             lambda texts: giga.encode_batch_list(texts, parallel=False),
@@ -91,23 +91,17 @@ def load(name: str, encoding: str, vocab: Path) -> Peer:
             giga.decode,
         )
     if name == "toktok":
-        from toktok import _encoding
-
-        tok = _encoding(encoding)
+        tok = import_module("toktok")._encoding(encoding)
         return Peer(tok.encode_batch_to_numpy, tok.encode_batch, tok.encode_ordinary, tok.decode_bytes)
     with tempfile.TemporaryDirectory() as folder:
         exported = str(Path(folder) / "tokenizer.json")
         if name == "fastokens":
-            import fastokens
-
             Tokenizer.from_tiktoken(path, parts.pattern).save_huggingface(exported)
-            fast = fastokens.Tokenizer.from_file(exported)
+            fast = import_module("fastokens").Tokenizer.from_file(exported)
             return Peer(fast.encode_batch_flat, lambda texts: [fast.encode(t) for t in texts], fast.encode, fast.decode)
         if name == "tokenizers":
-            import tokenizers
-
             Tokenizer.from_tiktoken(path, parts.pattern).save_huggingface(exported)
-            hf = tokenizers.Tokenizer.from_file(exported)
+            hf = import_module("tokenizers").Tokenizer.from_file(exported)
             return Peer(
                 None, lambda texts: [e.ids for e in hf.encode_batch(texts)], lambda text: hf.encode(text).ids, hf.decode
             )
@@ -160,7 +154,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         name: {"exact": same_ids(peer, documents, tiktoken_ids)} for name, peer in peers.items()
     }
 
-    def timed(row: str, calls: dict[str, Callable[[], Any]], per: Callable[[float], float]) -> None:
+    def timed(row: str, calls: Mapping[str, Callable[[], Any]], per: Callable[[float], float]) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS):
             for name, call in calls.items():
@@ -172,23 +166,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return megabytes / seconds
 
     slow = ("tokenizers",)  # a tenth of tiktoken's speed: not worth the wait in every round
-    timed(
-        "numpy_warm_mb_s",
-        {n: lambda p=p: p.arrays(documents) for n, p in peers.items() if p.arrays and n not in slow},
-        mb_s,
-    )
-    timed("list_warm_mb_s", {n: lambda p=p: p.lists(documents) for n, p in peers.items() if n not in slow}, mb_s)
+    quick = {name: peer for name, peer in peers.items() if name not in slow}
+    arrays = {name: partial(peer.arrays, documents) for name, peer in quick.items() if peer.arrays}
+    timed("numpy_warm_mb_s", arrays, mb_s)
+    timed("list_warm_mb_s", {name: partial(peer.lists, documents) for name, peer in quick.items()}, mb_s)
+
+    def each(peer: Peer, texts: list[str]) -> None:
+        for text in texts:
+            peer.one(text)
+
     for label, size in (("100b", 100), ("1kb", 1000)):
         texts = [text[:size] for text in documents[:300]]
-        timed(
-            f"one_{label}_us",
-            {n: lambda p=p, texts=texts: [p.one(text) for text in texts] for n, p in peers.items()},
-            lambda seconds: seconds / 300 * 1e6,
-        )
+        calls = {name: partial(each, peer, texts) for name, peer in peers.items()}
+        timed(f"one_{label}_us", calls, lambda seconds: seconds / len(documents[:300]) * 1e6)
     ids = [id for part in tiktoken_ids for id in part]
-    timed(
-        "decode_list_mb_s", {n: lambda p=p: p.decode(ids) for n, p in peers.items() if p.decode and n not in slow}, mb_s
-    )
+    decoders = {name: partial(peer.decode, ids) for name, peer in quick.items() if peer.decode}
+    timed("decode_list_mb_s", decoders, mb_s)
     for name in peers:
         command = [sys.executable, "-m", "benchmarks.bench_tokenizer", "--cold", name]
         for option in ("corpora", "vocab", "encoding", "corpus", "mb"):
@@ -203,7 +196,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """What the figures ran on."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name, package in PACKAGES.items():
         try:
             versions[name] = version(package)
