@@ -10,10 +10,12 @@
 namespace fastgpt::cpu {
 namespace {
 
-#include "cpu/attention.inl"
-#include "cpu/parallel.inl"
+// clang-format off: each needs those before it
 #include "cpu/vec.inl"
 #include "cpu/vec_math.inl"
+#include "cpu/parallel.inl"
+#include "cpu/attention.inl"
+// clang-format on
 
 }  // namespace
 
