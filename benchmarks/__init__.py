@@ -143,6 +143,8 @@ def _run(chosen: Sequence[str], out: Path | None, quick: bool, threads: int | No
         "--import-mode=importlib",
         "--override-ini=python_functions=bench_*",
         "--capture=no",
+        "--show-capture=no",  # torch.compile logs pages
+        "--tb=short",
         "--quiet",
         "--no-header",
         "--disable-warnings",
