@@ -5,10 +5,10 @@ no biases, as nanoGPT trains them, and no dropout. Precisions: fp32, fp32 with t
 library for the products, the same accuracy, the one to compare with), and bf16 autocast.
 
 Both models start from the same weights and see the same random tokens. Before they are timed, the first step's gradients are compared
-with float64 (the error is relative in the Euclidean norm, over all gradients together), the first loss must be float64's, and the losses
-of the first steps must be torch eager's; they are recorded. A loss is one number, right or wrong by luck in its last digits, so it has
-a limit of its own and not twice torch's error. torch.compile of the largest model is timed in bf16 only: compiling it takes most of a
-minute.
+with float64 (the error is relative in the Euclidean norm, over all gradients together), the first loss must be float64's, and the
+losses of the first steps must be torch eager's; they are recorded. A loss is one number, right or wrong by luck in its last digits, so
+it has a limit of its own and not twice torch's error. torch.compile of the largest model is timed in bf16 only: compiling it takes most
+of a minute.
 """
 
 import contextlib
