@@ -155,7 +155,8 @@ const Kernels* avx512bf16_kernels();
 // or unavailable name.
 const Kernels& kernels();
 
-// Chooses another table by name ("portable", "avx2", "avx512f", "avx512", or "" for the default); throws like kernels().
+// Chooses another table by name ("portable", "avx2", "avx512f", "avx512", or "" for the default); throws like
+// kernels().
 void select_isa(const char* name);
 
 }  // namespace fastgpt::cpu

@@ -4,7 +4,6 @@ They mutate their arguments and have no gradient; `fastgpt.train.optimizer.AdamW
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,15 +34,21 @@ def _cpu(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     weight_decays: list[float],
-    *options: Any,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float,
+    step: int,
 ) -> None:
     from fastgpt.ops import cpu
 
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     for tensors in lists:
         _check(tensors)
-    addresses = ([x.data_ptr() for x in tensors] for tensors in lists)
-    cpu.kernels.adamw(*addresses, [p.numel() for p in params], weight_decays, *options, cpu.threads())
+    p, g, m, v = ([x.data_ptr() for x in tensors] for tensors in lists)
+    sizes = [x.numel() for x in params]
+    cpu.kernels.adamw(p, g, m, v, sizes, weight_decays, lr, beta1, beta2, eps, grad_scale, step, cpu.threads())
 
 
 _grad_norm = define(
