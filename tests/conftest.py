@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,8 @@ import torch  # noqa: F401  before _cpu, so that both share one OpenMP
 
 from fastgpt import _cpu
 
+# Child processes must find the installed package, not the source folder that the tests are started from.
+os.environ["PYTHONSAFEPATH"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers: paths.py, parity.py
 
 
