@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from paths import ROOT
 
 import fastgpt
 from fastgpt import benchmarks
@@ -205,7 +204,6 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-P", "-c", code, "--quick", "--threads", "1", "--out", "results"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=900,
