@@ -113,7 +113,7 @@ def test_a_block_size_that_only_the_tokens_show_to_be_too_large(tmp_path, refuse
         (["train", "--device", "cuda:99"], "train.device is 'cuda:99'"),
         (["train", "--activation", "gello"], "did you mean 'gelu'?"),
         (["train", "--init", "kaiming"], "model.init"),
-        (["train", "--n-head", "3"], "model.n_head"),
+        (["train", "--n-head", "5"], "model.n_head"),
         (["train", "--resume", "a", "--out", "b"], "both given"),
         (["train", "--resume", "no-such-run"], "no such folder"),
         (["sample", "no-such-run"], "no such folder"),
