@@ -23,6 +23,9 @@ POINTWISE = [
     ("LayerNorm", {"normalized_shape": (5, 48), "eps": 1e-3}),
     ("LayerNorm", {"normalized_shape": 48, "bias": False}),
     ("LayerNorm", {"normalized_shape": 48, "elementwise_affine": False}),
+    ("RMSNorm", {"normalized_shape": 48}),
+    ("RMSNorm", {"normalized_shape": (5, 48), "eps": 1e-3}),
+    ("RMSNorm", {"normalized_shape": 48, "elementwise_affine": False}),
 ]
 
 

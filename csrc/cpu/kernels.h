@@ -34,14 +34,18 @@ struct SoftmaxBackwardArgs {
   float scale;
 };
 
+// LayerNorm, or RMSNorm where `mean` is nullptr, of x or of x + residual.
 struct LayerNormArgs {
-  DType dtype;        // of x and y
+  DType dtype;        // of y, residual and sum
+  DType x_dtype;      // the same, or bf16 for an fp32 residual
   DType param_dtype;  // of weight and bias
   const void* x;
-  const void* weight;  // or nullptr
-  const void* bias;    // or nullptr
+  const void* residual;  // or nullptr
+  const void* weight;    // or nullptr
+  const void* bias;      // or nullptr
+  void* sum;             // x + residual, where there is one
   void* y;
-  float* mean;
+  float* mean;  // nullptr: RMSNorm
   float* rstd;
   int64_t rows, cols;
   float eps;
@@ -51,11 +55,13 @@ struct LayerNormBackwardArgs {
   DType dtype;
   DType param_dtype;
   const void* dy;
-  const void* x;
+  const void* dsum;    // the gradient of `sum`, added to dx, or nullptr
+  const void* x;       // what was normalised
   const void* weight;  // or nullptr
-  const float* mean;
+  const float* mean;   // nullptr: RMSNorm
   const float* rstd;
   void* dx;       // or nullptr
+  void* dx_half;  // dx in bf16 once more, or nullptr
   void* dweight;  // or nullptr
   void* dbias;    // or nullptr
   int64_t rows, cols;

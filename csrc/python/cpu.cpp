@@ -118,13 +118,16 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "layer_norm",
-      [](int dtype, int param_dtype, Address x, Address weight, Address bias, Address y, Address mean, Address rstd,
-         int64_t rows, int64_t cols, float eps, int threads) {
+      [](int dtype, int x_dtype, int param_dtype, Address x, Address residual, Address weight, Address bias,
+         Address sum, Address y, Address mean, Address rstd, int64_t rows, int64_t cols, float eps, int threads) {
         LayerNormArgs args{dtype_of(dtype),
+                           dtype_of(x_dtype),
                            dtype_of(param_dtype),
                            at<const void>(x),
+                           at<const void>(residual),
                            at<const void>(weight),
                            at<const void>(bias),
+                           at<void>(sum),
                            at<void>(y),
                            at<float>(mean),
                            at<float>(rstd),
@@ -133,20 +136,22 @@ PYBIND11_MODULE(_cpu, m) {
                            eps};
         kernels().layer_norm(args, threads);
       },
-      Release());
+      Release(), "LayerNorm; RMSNorm where mean is 0.");
 
   m.def(
       "layer_norm_backward",
-      [](int dtype, int param_dtype, Address dy, Address x, Address weight, Address mean, Address rstd, Address dx,
-         Address dweight, Address dbias, int64_t rows, int64_t cols, int threads) {
+      [](int dtype, int param_dtype, Address dy, Address dsum, Address x, Address weight, Address mean, Address rstd,
+         Address dx, Address dx_half, Address dweight, Address dbias, int64_t rows, int64_t cols, int threads) {
         LayerNormBackwardArgs args{dtype_of(dtype),
                                    dtype_of(param_dtype),
                                    at<const void>(dy),
+                                   at<const void>(dsum),
                                    at<const void>(x),
                                    at<const void>(weight),
                                    at<const float>(mean),
                                    at<const float>(rstd),
                                    at<void>(dx),
+                                   at<void>(dx_half),
                                    at<void>(dweight),
                                    at<void>(dbias),
                                    rows,

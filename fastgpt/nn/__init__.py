@@ -10,7 +10,7 @@ Importing this package changes nothing in torch.
 
 from fastgpt.nn.attention import CausalSelfAttention, LayerCache
 from fastgpt.nn.mlp import ACTIVATIONS, MLP
-from fastgpt.nn.modules import GELU, CrossEntropyLoss, LayerNorm, ReLU, Sigmoid, SiLU, Softmax, Tanh
+from fastgpt.nn.modules import GELU, CrossEntropyLoss, LayerNorm, ReLU, RMSNorm, Sigmoid, SiLU, Softmax, Tanh
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,6 +20,7 @@ __all__ = [
     "CrossEntropyLoss",
     "LayerCache",
     "LayerNorm",
+    "RMSNorm",
     "ReLU",
     "SiLU",
     "Sigmoid",

@@ -1,4 +1,4 @@
-"""Drop-in forms of torch.nn's LayerNorm, Softmax, ReLU, Sigmoid, Tanh, GELU, SiLU and CrossEntropyLoss, computed by
+"""Drop-in forms of torch.nn's LayerNorm, RMSNorm, Softmax, ReLU, Sigmoid, Tanh, GELU, SiLU and CrossEntropyLoss, computed by
 fastgpt.ops.
 
 Each class derives from torch's class of the same name: constructor arguments, parameters, state_dict keys and repr are
@@ -44,6 +44,24 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm(normalized_shape, eps=None, elementwise_affine=True) on `ops.rms_norm`.
+
+    Args of forward:
+        x: (..., *normalized_shape), fp32, bf16 or another floating dtype that the op takes.
+
+    Returns:
+        A tensor of the input's shape and dtype; the mean square is accumulated in fp32.
+
+    Example:
+        >>> RMSNorm(4)(torch.arange(8.0).view(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class Softmax(torch.nn.Softmax):

@@ -10,14 +10,18 @@ namespace `fastgpt` and patches nothing.
 from fastgpt.ops import backend
 from fastgpt.ops.activation import gelu, relu, sigmoid, silu, tanh
 from fastgpt.ops.adamw import adamw, grad_norm
+from fastgpt.ops.add_norm import add_layer_norm, add_rms_norm
 from fastgpt.ops.attention import attention
 from fastgpt.ops.backend import get_backend, set_backend, use_backend
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.softmax import softmax
 
 __all__ = [
     "adamw",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "cross_entropy",
     "gelu",
@@ -25,6 +29,7 @@ __all__ = [
     "grad_norm",
     "layer_norm",
     "relu",
+    "rms_norm",
     "set_backend",
     "sigmoid",
     "silu",

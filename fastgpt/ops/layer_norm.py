@@ -12,52 +12,84 @@ from fastgpt.ops import reference
 from fastgpt.ops.backend import NotCovered, below_autograd, define
 
 
-def _codes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[int, int]:
-    """The engine's dtype numbers of the input and of the parameters; one parameter dtype only."""
+def run_cpu(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The C++ kernel of all norms: y, what was normalised (x or x + residual), mean (empty for RMSNorm) and rstd."""
     from fastgpt.ops import cpu
 
     params = [p for p in (weight, bias) if p is not None]
     if len(params) == 2 and params[0].dtype != params[1].dtype:
         raise NotCovered(f"weight {params[0].dtype} with bias {params[1].dtype}")
-    return cpu.dtype_code(x), cpu.dtype_code(params[0] if params else x)
+    if residual is not None and residual.dtype != x.dtype and x.dtype == torch.float32:
+        x, residual = residual, x  # the kernel takes a bf16 x with an fp32 residual
+    x_code, code = cpu.dtype_code(x), cpu.dtype_code(x if residual is None else residual)
+    param_code = cpu.dtype_code(params[0] if params else x)
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty_like(x if residual is None else residual)
+    summed = x if residual is None else torch.empty_like(y)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    cpu.kernels.layer_norm(
+        code, x_code, param_code, x.data_ptr(), cpu.address(residual), cpu.address(weight), cpu.address(bias),
+        0 if residual is None else summed.data_ptr(), y.data_ptr(), 0 if rms else mean.data_ptr(), rstd.data_ptr(),
+        rstd.numel(), x.shape[-1], eps, cpu.threads(),
+    )  # fmt: skip
+    return y, summed, mean, rstd
+
+
+def run_cpu_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    needs_params: bool,
+    needs_half: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The C++ kernel of all norms' gradients: dx, dx in bf16 (empty unless asked for), dweight and dbias; no mean: RMSNorm."""
+    from fastgpt.ops import cpu
+
+    code = cpu.dtype_code(x)
+    param_code = code if weight is None else cpu.dtype_code(weight)
+    for name, g in (("gradient", grad), ("gradient of the sum", grad_sum)):
+        if g is not None and g.dtype != x.dtype:
+            raise NotCovered(f"a {name} of {g.dtype} for an input of {x.dtype}")
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    dx = torch.empty_like(x)
+    dx_half = torch.empty(x.shape if needs_half else 0, dtype=torch.bfloat16)
+    dweight = torch.empty(x.shape[-1] if needs_params else 0, dtype=x.dtype if weight is None else weight.dtype)
+    dbias = torch.empty_like(dweight)
+    cpu.kernels.layer_norm_backward(
+        code, param_code, grad.data_ptr(), cpu.address(grad_sum), x.data_ptr(), cpu.address(weight), cpu.address(mean),
+        rstd.data_ptr(), dx.data_ptr(), dx_half.data_ptr() if needs_half else 0,
+        dweight.data_ptr() if needs_params else 0, dbias.data_ptr() if needs_params and mean is not None else 0,
+        rstd.numel(), x.shape[-1], cpu.threads(),
+    )  # fmt: skip
+    return dx, dx_half, dweight, dbias
 
 
 def _cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from fastgpt.ops import cpu
-
-    code, param_code = _codes(x, weight, bias)
-    x = x.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = torch.empty_like(x)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    cpu.kernels.layer_norm(
-        code, param_code, x.data_ptr(), cpu.address(weight), cpu.address(bias), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-        mean.numel(), x.shape[-1], eps, cpu.threads(),
-    )  # fmt: skip
+    y, _, mean, rstd = run_cpu(x, None, weight, bias, eps)
     return y, mean, rstd
 
 
 def _cpu_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs_params: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastgpt.ops import cpu
-
-    code, param_code = _codes(x, weight, None)
-    if grad.dtype != x.dtype:
-        raise NotCovered(f"a gradient of {grad.dtype} for an input of {x.dtype}")
-    grad, x = grad.contiguous(), x.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    dx = torch.empty_like(x)
-    size = x.shape[-1] if needs_params else 0
-    dweight = torch.empty(size, dtype=x.dtype if weight is None else weight.dtype)
-    dbias = torch.empty_like(dweight)
-    cpu.kernels.layer_norm_backward(
-        code, param_code, grad.data_ptr(), x.data_ptr(), cpu.address(weight), mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(),
-        dweight.data_ptr() if needs_params else 0, dbias.data_ptr() if needs_params else 0, mean.numel(), x.shape[-1],
-        cpu.threads(),
-    )  # fmt: skip
+    dx, _, dweight, dbias = run_cpu_backward(grad, None, x, weight, mean, rstd, needs_params)
     return dx, dweight, dbias
 
 
@@ -127,6 +159,29 @@ _layer_norm_backward = define(
 )
 
 
+def check_norm(
+    op: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> tuple[int, ...]:
+    """The normalised shape as a tuple; raises what the norms' docstrings say."""
+    shape = tuple(normalized_shape)
+    if not input.is_floating_point():
+        raise TypeError(f"{op}: input has dtype {input.dtype}, expected a floating-point dtype")
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"{op}: normalized_shape is {shape}, expected the last sizes of the input {tuple(input.shape)}"
+        )
+    for name, param in (("weight", weight), ("bias", bias)):
+        if param is not None and tuple(param.shape) != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(param.shape)}, expected {shape}")
+    return shape
+
+
+def flatten_norm(shape: tuple[int, ...], input: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
+    """The input and whatever has its shape as (..., prod(shape)), parameters as (prod(shape))."""
+    size = math.prod(shape)
+    return [None if t is None else t.reshape(*t.shape[: t.dim() - len(shape)], size) for t in (input, *rest)]
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -148,20 +203,8 @@ def layer_norm(
     Raises:
         TypeError: an integer input. ValueError: `normalized_shape` or a parameter's shape does not fit.
     """
-    shape = tuple(normalized_shape)
-    if not input.is_floating_point():
-        raise TypeError(f"layer_norm: input has dtype {input.dtype}, expected a floating-point dtype")
-    if not shape or tuple(input.shape[-len(shape) :]) != shape:
-        raise ValueError(
-            f"layer_norm: normalized_shape is {shape}, expected the last sizes of the input {tuple(input.shape)}"
-        )
-    for name, param in (("weight", weight), ("bias", bias)):
-        if param is not None and tuple(param.shape) != shape:
-            raise ValueError(f"layer_norm: {name} has shape {tuple(param.shape)}, expected {shape}")
+    shape = check_norm("layer_norm", input, normalized_shape, weight, bias)
     if len(shape) == 1:
         y: Tensor = _layer_norm(input, weight, bias, eps)[0]
         return y
-    size = math.prod(shape)
-    flat = [None if p is None else p.reshape(size) for p in (weight, bias)]
-    y = _layer_norm(input.reshape(*input.shape[: -len(shape)], size), flat[0], flat[1], eps)[0]
-    return y.reshape(input.shape)
+    return _layer_norm(*flatten_norm(shape, input, weight, bias), eps)[0].reshape(input.shape)

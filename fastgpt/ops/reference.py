@@ -137,6 +137,95 @@ def layer_norm_backward(
     return dx.to(x.dtype), dweight, dy.reshape(rows).sum(0).to(param_dtype)
 
 
+# ---- RMS norm, arXiv 1910.07467, equation 4
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y and 1 / root mean square over the last dimension."""
+    v = _wide(x)
+    rstd = 1 / torch.sqrt((v**2).mean(-1) + eps)
+    y = v * rstd[..., None]
+    if weight is not None:
+        y = y * _wide(weight)
+    return y.to(x.dtype), rstd
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight, which is empty where `needs_weight` is false."""
+    dy = _wide(grad)
+    xhat = _wide(x) * rstd[..., None]
+    g = dy if weight is None else dy * _wide(weight)
+    dx = rstd[..., None] * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    param_dtype = x.dtype if weight is None else weight.dtype
+    if not needs_weight:
+        return dx.to(x.dtype), x.new_empty(0, dtype=param_dtype)
+    return dx.to(x.dtype), (dy * xhat).reshape(-1, x.shape[-1]).sum(0).to(param_dtype)
+
+
+# ---- residual and norm: the sum is rounded to its dtype before it is normalised, as in x + residual alone
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum, mean and 1 / standard deviation."""
+    summed = x + residual
+    y, mean, rstd = layer_norm(summed, weight, bias, eps)
+    return y, summed, mean, rstd
+
+
+def add_layer_norm_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needs_params: bool,
+    needs_half: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of both addends, the same in bf16 (empty unless `needs_half`), dweight and dbias."""
+    dx, dweight, dbias = layer_norm_backward(grad.to(rstd.dtype), _wide(summed), weight, mean, rstd, needs_params)
+    dx, half = _with_gradient_of_sum(dx, grad_sum, summed, needs_half)
+    return dx, half, _like_params(dweight, summed, weight), _like_params(dbias, summed, weight)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the sum and 1 / root mean square."""
+    summed = x + residual
+    y, rstd = rms_norm(summed, weight, eps)
+    return y, summed, rstd
+
+
+def add_rms_norm_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    needs_weight: bool,
+    needs_half: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of both addends, the same in bf16 (empty unless `needs_half`), and dweight."""
+    dx, dweight = rms_norm_backward(grad.to(rstd.dtype), _wide(summed), weight, rstd, needs_weight)
+    dx, half = _with_gradient_of_sum(dx, grad_sum, summed, needs_half)
+    return dx, half, _like_params(dweight, summed, weight)
+
+
+def _with_gradient_of_sum(
+    dx: Tensor, grad_sum: Tensor | None, summed: Tensor, needs_half: bool
+) -> tuple[Tensor, Tensor]:
+    dx = dx if grad_sum is None else dx + _wide(grad_sum)
+    half = dx.to(torch.bfloat16) if needs_half else dx.new_empty(0, dtype=torch.bfloat16)
+    return dx.to(summed.dtype), half
+
+
+def _like_params(gradient: Tensor, summed: Tensor, weight: Tensor | None) -> Tensor:
+    return gradient.to(summed.dtype if weight is None else weight.dtype)
+
+
 # ---- attention
 
 
