@@ -7,7 +7,7 @@ A fresh result of many megabytes is mapped page by page at its first touch, whic
 from torch import Tensor
 
 from fastgpt.ops import cpu
-from fastgpt.ops.activation import _KINDS
+from fastgpt.ops.bias_activation import KINDS
 
 
 def softmax(x: Tensor, y: Tensor) -> Tensor:
@@ -31,14 +31,14 @@ def softmax_backward(grad: Tensor, y: Tensor, dx: Tensor) -> Tensor:
 
 def activation(kind: str, x: Tensor, y: Tensor) -> Tensor:
     """relu, sigmoid, tanh, gelu, gelu_tanh or silu, into y."""
-    cpu.kernels.activation(_KINDS[kind], cpu.dtype_code(x), x.data_ptr(), y.data_ptr(), x.numel(), cpu.threads())
+    cpu.kernels.activation(KINDS[kind], cpu.dtype_code(x), x.data_ptr(), y.data_ptr(), x.numel(), cpu.threads())
     return y
 
 
 def activation_backward(kind: str, grad: Tensor, saved: Tensor, dx: Tensor) -> Tensor:
     """The input's gradient, into dx; `saved` is the result of relu, sigmoid and tanh, the input of the others."""
     cpu.kernels.activation_backward(
-        _KINDS[kind],
+        KINDS[kind],
         cpu.dtype_code(grad),
         grad.data_ptr(),
         saved.data_ptr(),

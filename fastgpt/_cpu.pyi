@@ -11,6 +11,52 @@ def available_isas() -> list[str]: ...
 def select_isa(name: str) -> None: ...
 def activation(kind: int, dtype: int, x: int, y: int, n: int, threads: int, /) -> None: ...
 def activation_backward(kind: int, dtype: int, dy: int, saved: int, dx: int, n: int, threads: int, /) -> None: ...
+def swiglu(
+    kind: int,
+    dtype: int,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    y: int,
+    rows: int,
+    cols: int,
+    threads: int,
+    /,
+) -> None: ...
+def swiglu_backward(
+    kind: int,
+    dtype: int,
+    dy: int,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    dgate: int,
+    dup: int,
+    grad_stride: int,
+    rows: int,
+    cols: int,
+    threads: int,
+    /,
+) -> None: ...
+def bias_activation(
+    kind: int, dtype: int, bias_dtype: int, x: int, bias: int, y: int, rows: int, cols: int, threads: int, /
+) -> None: ...
+def bias_activation_backward(
+    kind: int,
+    dtype: int,
+    bias_dtype: int,
+    dy: int,
+    saved: int,
+    bias: int,
+    dx: int,
+    dbias: int,
+    rows: int,
+    cols: int,
+    threads: int,
+    /,
+) -> None: ...
 def softmax(
     dtype: int,
     x: int,

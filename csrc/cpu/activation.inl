@@ -9,53 +9,66 @@
 //
 // GELU: arXiv 1606.08415.
 
+// `backward` takes the input where kKeepsInput is set, the result where it is not; value_and_slope gives f(x) and
+// f'(x).
+
 struct ReLU {
+  static constexpr bool kKeepsInput = false;
   static INLINE Vec forward(Vec x) { return x < 0.0f ? Vec{} : x; }
   static INLINE Vec backward(Vec dy, Vec y) { return y <= 0.0f ? Vec{} : dy; }
 };
 
 struct Sigmoid {
+  static constexpr bool kKeepsInput = false;
   static INLINE Vec forward(Vec x) { return sigmoid(x); }
   static INLINE Vec backward(Vec dy, Vec y) { return dy * ((1.0f - y) * y); }
 };
 
 struct Tanh {
+  static constexpr bool kKeepsInput = false;
   static INLINE Vec forward(Vec x) { return tanh(x); }
   static INLINE Vec backward(Vec dy, Vec y) { return dy * (1.0f - y * y); }
 };
 
 struct GELU {
+  static constexpr bool kKeepsInput = true;
   static INLINE Vec cdf(Vec x) { return 0.5f + 0.5f * erf(x * 0.707106781186547524f); }
   static INLINE Vec forward(Vec x) { return x * cdf(x); }
-  static INLINE Vec backward(Vec dy, Vec x) {
+  static INLINE std::pair<Vec, Vec> value_and_slope(Vec x) {
     Vec pdf = 0.398942280401432678f * exp(-0.5f * x * x);
-    return dy * fma(x, pdf, cdf(x));
+    Vec below = cdf(x);
+    return {x * below, fma(x, pdf, below)};
   }
+  static INLINE Vec backward(Vec dy, Vec x) { return dy * value_and_slope(x).second; }
 };
 
 struct GELUTanh {
+  static constexpr bool kKeepsInput = true;
   static constexpr float kTwice = 1.59576912160573071f;  // 2 sqrt(2 / pi)
   static constexpr float kCubic = 0.044715f;
   static INLINE Vec forward(Vec x) {
     Vec twice_u = kTwice * x * fma(splat(kCubic) * x, x, splat(1.0f));
     return x / (1.0f + exp(-twice_u));
   }
-  static INLINE Vec backward(Vec dy, Vec x) {
+  static INLINE std::pair<Vec, Vec> value_and_slope(Vec x) {
     Vec square = x * x;
     Vec e = exp(min(splat(88.0f), -(kTwice * x * fma(splat(kCubic), square, splat(1.0f)))));
     Vec s = 1.0f / (1.0f + e);
     Vec slope = kTwice * fma(splat(3.0f * kCubic), square, splat(1.0f));  // d(2u)/dx
-    return dy * s * fma(x * (e * s), slope, splat(1.0f));                 // e s is 1 - s without its cancellation
+    return {x * s, s * fma(x * (e * s), slope, splat(1.0f))};             // e s is 1 - s without its cancellation
   }
+  static INLINE Vec backward(Vec dy, Vec x) { return dy * value_and_slope(x).second; }
 };
 
 struct SiLU {
+  static constexpr bool kKeepsInput = true;
   static INLINE Vec forward(Vec x) { return x / (1.0f + exp(-x)); }
-  static INLINE Vec backward(Vec dy, Vec x) {
+  static INLINE std::pair<Vec, Vec> value_and_slope(Vec x) {
     Vec e = exp(min(splat(88.0f), -x));
     Vec s = 1.0f / (1.0f + e);
-    return dy * s * fma(x, e * s, splat(1.0f));  // e s is 1 - s without its cancellation
+    return {x * s, s * fma(x, e * s, splat(1.0f))};  // e s is 1 - s without its cancellation
   }
+  static INLINE Vec backward(Vec dy, Vec x) { return dy * value_and_slope(x).second; }
 };
 
 template <class Body>

@@ -10,6 +10,8 @@ namespace {
 #include "cpu/parallel.inl"
 
 #include "cpu/activation.inl"
+#include "cpu/bias_activation.inl"
+#include "cpu/swiglu.inl"
 #include "cpu/adamw.inl"
 #include "cpu/attention.inl"
 #include "cpu/cross_entropy.inl"
@@ -22,6 +24,10 @@ const Kernels kTable = {
     .lanes = kLanes,
     .activation = activation,
     .activation_backward = activation_backward,
+    .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
+    .bias_activation = bias_activation,
+    .bias_activation_backward = bias_activation_backward,
     .softmax = softmax,
     .softmax_backward = softmax_backward,
     .layer_norm = layer_norm,

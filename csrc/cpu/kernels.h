@@ -67,6 +67,50 @@ struct LayerNormBackwardArgs {
   int64_t rows, cols;
 };
 
+// y = f(gate) * up, f by `kind`: SiLU or a GELU. Rows are contiguous; gate's and up's may be apart.
+struct SwiGLUArgs {
+  Activation kind;
+  DType dtype;
+  const void* gate;
+  const void* up;
+  void* y;                         // contiguous
+  int64_t gate_stride, up_stride;  // from row to row, in elements
+  int64_t rows, cols;
+};
+
+struct SwiGLUBackwardArgs {
+  Activation kind;
+  DType dtype;
+  const void* dy;  // contiguous
+  const void* gate;
+  const void* up;
+  void* dgate;
+  void* dup;
+  int64_t gate_stride, up_stride;
+  int64_t grad_stride;  // of dgate and dup
+  int64_t rows, cols;
+};
+
+struct BiasActivationArgs {
+  Activation kind;
+  DType dtype, bias_dtype;
+  const void* x;
+  const void* bias;  // (cols)
+  void* y;
+  int64_t rows, cols;
+};
+
+struct BiasActivationBackwardArgs {
+  Activation kind;
+  DType dtype, bias_dtype;
+  const void* dy;
+  const void* saved;  // y for relu, sigmoid and tanh, x (without the bias) for the others
+  const void* bias;
+  void* dx;
+  void* dbias;  // or nullptr
+  int64_t rows, cols;
+};
+
 struct CrossEntropyArgs {
   DType dtype;
   const void* logits;  // (rows, classes)
@@ -139,6 +183,10 @@ struct Kernels {
   void (*activation)(Activation, DType, const void* x, void* y, int64_t n, int threads);
   // `saved` is y for relu, sigmoid and tanh, x for the others.
   void (*activation_backward)(Activation, DType, const void* dy, const void* saved, void* dx, int64_t n, int threads);
+  void (*swiglu)(const SwiGLUArgs&, int threads);
+  void (*swiglu_backward)(const SwiGLUBackwardArgs&, int threads);
+  void (*bias_activation)(const BiasActivationArgs&, int threads);
+  void (*bias_activation_backward)(const BiasActivationBackwardArgs&, int threads);
   void (*softmax)(const SoftmaxArgs&, int threads);
   void (*softmax_backward)(const SoftmaxBackwardArgs&, int threads);
   void (*layer_norm)(const LayerNormArgs&, int threads);

@@ -89,6 +89,77 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   m.def(
+      "swiglu",
+      [](int kind, int dtype, Address gate, int64_t gate_stride, Address up, int64_t up_stride, Address y, int64_t rows,
+         int64_t cols, int threads) {
+        SwiGLUArgs args{activation_of(kind),
+                        dtype_of(dtype),
+                        at<const void>(gate),
+                        at<const void>(up),
+                        at<void>(y),
+                        gate_stride,
+                        up_stride,
+                        rows,
+                        cols};
+        kernels().swiglu(args, threads);
+      },
+      Release());
+
+  m.def(
+      "swiglu_backward",
+      [](int kind, int dtype, Address dy, Address gate, int64_t gate_stride, Address up, int64_t up_stride,
+         Address dgate, Address dup, int64_t grad_stride, int64_t rows, int64_t cols, int threads) {
+        SwiGLUBackwardArgs args{activation_of(kind),
+                                dtype_of(dtype),
+                                at<const void>(dy),
+                                at<const void>(gate),
+                                at<const void>(up),
+                                at<void>(dgate),
+                                at<void>(dup),
+                                gate_stride,
+                                up_stride,
+                                grad_stride,
+                                rows,
+                                cols};
+        kernels().swiglu_backward(args, threads);
+      },
+      Release());
+
+  m.def(
+      "bias_activation",
+      [](int kind, int dtype, int bias_dtype, Address x, Address bias, Address y, int64_t rows, int64_t cols,
+         int threads) {
+        BiasActivationArgs args{activation_of(kind),
+                                dtype_of(dtype),
+                                dtype_of(bias_dtype),
+                                at<const void>(x),
+                                at<const void>(bias),
+                                at<void>(y),
+                                rows,
+                                cols};
+        kernels().bias_activation(args, threads);
+      },
+      Release());
+
+  m.def(
+      "bias_activation_backward",
+      [](int kind, int dtype, int bias_dtype, Address dy, Address saved, Address bias, Address dx, Address dbias,
+         int64_t rows, int64_t cols, int threads) {
+        BiasActivationBackwardArgs args{activation_of(kind),
+                                        dtype_of(dtype),
+                                        dtype_of(bias_dtype),
+                                        at<const void>(dy),
+                                        at<const void>(saved),
+                                        at<const void>(bias),
+                                        at<void>(dx),
+                                        at<void>(dbias),
+                                        rows,
+                                        cols};
+        kernels().bias_activation_backward(args, threads);
+      },
+      Release());
+
+  m.def(
       "softmax",
       [](int dtype, Address x, Address mask, const Strides& mask_stride, Address y, int64_t batch, int64_t heads,
          int64_t queries, int64_t cols, float scale, bool causal, int threads) {

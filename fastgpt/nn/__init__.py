@@ -11,6 +11,7 @@ Importing this package changes nothing in torch.
 from fastgpt.nn.attention import CausalSelfAttention, LayerCache
 from fastgpt.nn.mlp import ACTIVATIONS, MLP
 from fastgpt.nn.modules import GELU, CrossEntropyLoss, LayerNorm, ReLU, RMSNorm, Sigmoid, SiLU, Softmax, Tanh
+from fastgpt.nn.swiglu import SwiGLU
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,5 +26,6 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "Softmax",
+    "SwiGLU",
     "Tanh",
 ]

@@ -2,7 +2,7 @@
 (arXiv:1706.03762, 3.3).
 
 ACTIVATIONS names what can stand between the two projections: relu, sigmoid, tanh, gelu (the erf form), gelu_tanh
-(GPT-2's) and silu. The gated forms (SwiGLU and its kin) are another layer and not here.
+(GPT-2's) and silu. The gated form is nn.SwiGLU.
 """
 
 from collections.abc import Callable

@@ -17,6 +17,7 @@ from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.softmax import softmax
+from fastgpt.ops.swiglu import geglu, swiglu
 
 __all__ = [
     "adamw",
@@ -24,6 +25,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "geglu",
     "gelu",
     "get_backend",
     "grad_norm",
@@ -34,6 +36,7 @@ __all__ = [
     "sigmoid",
     "silu",
     "softmax",
+    "swiglu",
     "tanh",
     "use_backend",
 ]

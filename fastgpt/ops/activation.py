@@ -12,12 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from fastgpt.ops import reference
 from fastgpt.ops.backend import below_autograd, define
-
-_KINDS = {"relu": 0, "sigmoid": 1, "tanh": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5}  # the C++ enum Activation
+from fastgpt.ops.bias_activation import KINDS, bias_activation
 
 
 def _kind(name: str, options: tuple[str, ...]) -> int:
-    return _KINDS["gelu_tanh" if options == ("tanh",) else name]
+    return KINDS["gelu_tanh" if options == ("tanh",) else name]
 
 
 def _fake(x: Tensor, *options: str) -> Tensor:
@@ -88,46 +87,63 @@ _silu = _define("silu", "x")
 _gelu = _define("gelu", "x", ", str approximate")
 
 
-def _check(name: str, x: Tensor) -> Tensor:
+def _check(name: str, x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{name}: input has dtype {x.dtype}, expected a floating-point dtype")
-    return x
 
 
-def relu(input: Tensor) -> Tensor:
+def relu(input: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """max(x, 0) of every element; any shape, any floating dtype; NaN stays NaN.
+
+    Args:
+        input: any shape, any floating dtype.
+        bias: (C), C the input's last size, added first, with its gradient summed in the same backward pass; the input's dtype or,
+            for a half-type input, float32. The sum is not rounded. All activations here take it.
+
+    Raises:
+        TypeError: an integer input or bias. ValueError: a bias of another shape.
 
     >>> relu(torch.tensor([-1.0, 2.0]))
     tensor([0., 2.])
+    >>> relu(torch.tensor([-1.0, 2.0]), bias=torch.tensor([1.5, 0.0]))
+    tensor([0.5000, 2.0000])
     """
-    return _relu(_check("relu", input))
+    _check("relu", input)
+    return _relu(input) if bias is None else bias_activation(input, bias, "relu")
 
 
-def sigmoid(input: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)) of every element, computed in fp32 (fp64 for fp64); any shape, any floating dtype."""
-    return _sigmoid(_check("sigmoid", input))
+def sigmoid(input: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """1 / (1 + exp(-x)) of every element, computed in fp32 (fp64 for fp64); any shape, any floating dtype; `bias` as in `relu`."""
+    _check("sigmoid", input)
+    return _sigmoid(input) if bias is None else bias_activation(input, bias, "sigmoid")
 
 
-def tanh(input: Tensor) -> Tensor:
-    """The hyperbolic tangent of every element, computed in fp32 (fp64 for fp64); any shape, any floating dtype."""
-    return _tanh(_check("tanh", input))
+def tanh(input: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """The hyperbolic tangent of every element, computed in fp32 (fp64 for fp64); any shape, any floating dtype; `bias` as in `relu`."""
+    _check("tanh", input)
+    return _tanh(input) if bias is None else bias_activation(input, bias, "tanh")
 
 
-def silu(input: Tensor) -> Tensor:
-    """x * sigmoid(x) of every element, computed in fp32 (fp64 for fp64); any shape, any floating dtype."""
-    return _silu(_check("silu", input))
+def silu(input: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """x * sigmoid(x) of every element, computed in fp32 (fp64 for fp64); any shape, any floating dtype; `bias` as in `relu`."""
+    _check("silu", input)
+    return _silu(input) if bias is None else bias_activation(input, bias, "silu")
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None) -> Tensor:
     """The Gaussian error linear unit of every element (arXiv 1606.08415), computed in fp32 (fp64 for fp64).
 
     Args:
         input: any shape, any floating dtype.
         approximate: "none" for x * Phi(x) by erf, "tanh" for GPT-2's x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).
+        bias: as in `relu`.
 
     Raises:
-        ValueError: another `approximate`.
+        TypeError: an integer input or bias. ValueError: another `approximate`, or a bias of another shape.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate is {approximate!r}, expected 'none' or 'tanh'")
-    return _gelu(_check("gelu", input), approximate)
+    _check("gelu", input)
+    if bias is not None:
+        return bias_activation(input, bias, "gelu_tanh" if approximate == "tanh" else "gelu")
+    return _gelu(input, approximate)

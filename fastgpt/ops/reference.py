@@ -6,6 +6,7 @@ functions: the reduced dimension is last, defaults are filled in.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -74,6 +75,75 @@ def gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
         return (g * (0.5 * (1 + t) + 0.5 * v * (1 - t**2) * slope)).to(grad.dtype)
     density = torch.exp(-0.5 * v**2) / math.sqrt(2 * math.pi)
     return (g * (0.5 * (1 + torch.erf(v / math.sqrt(2))) + v * density)).to(grad.dtype)
+
+
+# ---- activation(x + bias)
+
+KEEPS_RESULT = ("relu", "sigmoid", "tanh")  # their gradient needs the result, that of the others the input
+
+
+def _activation(kind: str, backward: bool = False) -> tuple[Callable[..., Tensor], tuple[str, ...]]:
+    """The formula of an activation by its name (or of its gradient), and the arguments after its tensors."""
+    name = "gelu" if kind == "gelu_tanh" else kind
+    options = {"gelu": ("none",), "gelu_tanh": ("tanh",)}.get(kind, ())
+    return globals()[f"{name}_backward" if backward else name], options
+
+
+def bias_activation(x: Tensor, bias: Tensor, kind: str) -> Tensor:
+    f, options = _activation(kind)
+    return f(_wide(x) + _wide(bias), *options).to(x.dtype)
+
+
+def bias_activation_backward(
+    grad: Tensor, saved: Tensor, bias: Tensor, kind: str, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """dx, and its sum over all but the last dimension, which is empty where `needs_bias` is false."""
+    f, options = _activation(kind, backward=True)
+    kept = _wide(saved) if kind in KEEPS_RESULT else _wide(saved) + _wide(bias)
+    dx = f(_wide(grad), kept, *options)
+    if not needs_bias:
+        return dx.to(saved.dtype), bias.new_empty(0)
+    return dx.to(saved.dtype), dx.reshape(-1, bias.numel()).sum(0).to(bias.dtype)
+
+
+# ---- gated linear units, arXiv 2002.05202; without `up` the gate holds both halves
+
+
+def _gated(gate: Tensor, up: Tensor | None, f: Callable[[Tensor], Tensor]) -> Tensor:
+    left, right = gate.chunk(2, -1) if up is None else (gate, up)
+    return (f(_wide(left)) * _wide(right)).to(gate.dtype)
+
+
+def _gated_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    f: Callable[[Tensor], Tensor],
+    f_backward: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """dgate and dup; both in the first and the second empty, where the gate holds both halves."""
+    left, right = gate.chunk(2, -1) if up is None else (gate, up)
+    dgate = f_backward(_wide(grad) * _wide(right), _wide(left)).to(gate.dtype)
+    dup = (_wide(grad) * f(_wide(left))).to(gate.dtype)
+    return (torch.cat([dgate, dup], -1), gate.new_empty(0)) if up is None else (dgate, dup)
+
+
+def swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
+    return _gated(gate, up, silu)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _gated_backward(grad, gate, up, silu, silu_backward)
+
+
+def geglu(gate: Tensor, up: Tensor | None, approximate: str) -> Tensor:
+    return _gated(gate, up, lambda x: gelu(x, approximate))
+
+
+def geglu_backward(grad: Tensor, gate: Tensor, up: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    return _gated_backward(
+        grad, gate, up, lambda x: gelu(x, approximate), lambda g, x: gelu_backward(g, x, approximate)
+    )
 
 
 # ---- softmax
