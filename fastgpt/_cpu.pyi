@@ -193,6 +193,24 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
+def rope(
+    dtype: int,
+    x: int,
+    x_stride: Sequence[int],
+    y: int,
+    y_stride: Sequence[int],
+    cos: int,
+    sin: int,
+    batch: int,
+    heads: int,
+    time: int,
+    dim: int,
+    rotary: int,
+    interleaved: bool,
+    inverse: bool,
+    threads: int,
+    /,
+) -> None: ...
 def grad_norm(grads: Sequence[int], sizes: Sequence[int], threads: int, /) -> float: ...
 def adamw(
     params: Sequence[int],

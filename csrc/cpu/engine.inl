@@ -16,6 +16,7 @@ namespace {
 #include "cpu/attention.inl"
 #include "cpu/cross_entropy.inl"
 #include "cpu/layer_norm.inl"
+#include "cpu/rope.inl"
 #include "cpu/softmax.inl"
 // clang-format on
 
@@ -36,6 +37,7 @@ const Kernels kTable = {
     .cross_entropy_backward = cross_entropy_backward,
     .attention = attention,
     .attention_backward = attention_backward,
+    .rope = rope,
     .grad_norm = grad_norm,
     .adamw = adamw,
 };

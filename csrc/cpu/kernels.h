@@ -158,6 +158,16 @@ struct AttentionBackwardArgs {
   bool causal;
 };
 
+// y = x turned by each position's angles; see rope.inl.
+struct RopeArgs {
+  DType dtype;
+  AttentionTensor x, y;
+  const float* cos;  // (time, rotary / 2) contiguous
+  const float* sin;
+  int64_t batch, heads, time, dim, rotary;
+  bool interleaved, inverse;
+};
+
 struct AdamWTensor {
   float* param;
   const float* grad;
@@ -195,6 +205,7 @@ struct Kernels {
   void (*cross_entropy_backward)(const CrossEntropyBackwardArgs&, int threads);
   void (*attention)(const AttentionArgs&, int threads);
   void (*attention_backward)(const AttentionBackwardArgs&, int threads);
+  void (*rope)(const RopeArgs&, int threads);
   double (*grad_norm)(const float* const* grads, const int64_t* sizes, int64_t count, int threads);
   void (*adamw)(const AdamWArgs&, int threads);
 };

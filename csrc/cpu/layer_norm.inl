@@ -25,7 +25,7 @@ INLINE float sum(const Vec (&parts)[4]) { return sum((parts[0] + parts[1]) + (pa
 
 // What a value is after it is stored and read again.
 INLINE Vec rounded(Vec v, float) { return v; }
-INLINE Vec rounded(Vec v, BFloat16) { return bit_cast<Vec>(__builtin_convertvector(to_bfloat16(v), VecUInt) << 16); }
+INLINE Vec rounded(Vec v, BFloat16) { return bit_cast<Vec>(widen(to_bfloat16(v)) << 16); }
 
 // T: of y, of the residual and of the sum; X: of x; P: of the parameters.
 template <bool kRms, class T, class X, class P>

@@ -52,10 +52,33 @@ INLINE Vec load(const float* p) {
   return v;
 }
 
+// Widening and narrowing by intrinsics: g++ 12 makes three shuffles of __builtin_convertvector.
+INLINE VecUInt widen(VecHalf half) {
+#if FASTGPT_LANES == 16
+  return (VecUInt)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);  // the unmasked form warns falsely in g++ 12
+#elif FASTGPT_LANES == 8
+  return (VecUInt)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, VecUInt);
+#endif
+}
+
+// The low halves of the lanes; they hold what fits into 16 bits.
+INLINE VecHalf narrow(VecUInt v) {
+#if FASTGPT_LANES == 16
+  return (VecHalf)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#elif FASTGPT_LANES == 8
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // within 128-bit halves
+  return (VecHalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(v, VecHalf);
+#endif
+}
+
 INLINE Vec load(const BFloat16* p) {
   VecHalf half;
   std::memcpy(&half, p, sizeof half);
-  return bit_cast<Vec>(__builtin_convertvector(half, VecUInt) << 16);
+  return bit_cast<Vec>(widen(half) << 16);
 }
 
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -67,7 +90,7 @@ INLINE VecHalf to_bfloat16(Vec v) {
   VecUInt bits = bit_cast<VecUInt>(v);
   VecUInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   VecUInt nan = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : nan, VecHalf);
+  return narrow(v == v ? rounded : nan);
 }
 #endif
 
@@ -105,6 +128,15 @@ INLINE void store_n(float* p, Vec v, int n) {
 }
 #endif
 
+#if FASTGPT_LANES == 16
+INLINE Vec load_n(const BFloat16* p, int n, float fill = 0.0f) {
+  const VecHalf half = (VecHalf)_mm256_maskz_loadu_epi16(first_lanes(n), p);
+  const Vec v = bit_cast<Vec>(widen(half) << 16);
+  return (Vec)_mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(fill), (__m512)v);
+}
+
+INLINE void store_n(BFloat16* p, Vec v, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)to_bfloat16(v)); }
+#else
 INLINE Vec load_n(const BFloat16* p, int n, float fill = 0.0f) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
@@ -115,6 +147,7 @@ INLINE void store_n(BFloat16* p, Vec v, int n) {
   VecHalf half = to_bfloat16(v);
   std::memcpy(p, &half, n * sizeof(BFloat16));
 }
+#endif
 
 // ---- the next min(n, kLanes) elements of a row
 

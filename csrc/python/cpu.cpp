@@ -304,6 +304,26 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
 
+  m.def(
+      "rope",
+      [](int dtype, Address x, const Strides& xs, Address y, const Strides& ys, Address cos, Address sin, int64_t batch,
+         int64_t heads, int64_t time, int64_t dim, int64_t rotary, bool interleaved, bool inverse, int threads) {
+        RopeArgs args{dtype_of(dtype),
+                      tensor(x, xs),
+                      tensor(y, ys),
+                      at<const float>(cos),
+                      at<const float>(sin),
+                      batch,
+                      heads,
+                      time,
+                      dim,
+                      rotary,
+                      interleaved,
+                      inverse};
+        kernels().rope(args, threads);
+      },
+      Release());
+
   m.def("grad_norm", [](const std::vector<Address>& grads, const std::vector<int64_t>& sizes, int threads) {
     if (grads.size() != sizes.size()) throw py::value_error("grads and sizes differ in length");
     std::vector<const float*> pointers;

@@ -16,6 +16,7 @@ from fastgpt.ops.backend import get_backend, set_backend, use_backend
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.rms_norm import rms_norm
+from fastgpt.ops.rope import rope, rope_tables
 from fastgpt.ops.softmax import softmax
 from fastgpt.ops.swiglu import geglu, swiglu
 
@@ -32,6 +33,8 @@ __all__ = [
     "layer_norm",
     "relu",
     "rms_norm",
+    "rope",
+    "rope_tables",
     "set_backend",
     "sigmoid",
     "silu",
