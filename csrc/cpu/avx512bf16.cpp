@@ -15,6 +15,9 @@ namespace {
 #include "cpu/vec_math.inl"
 #include "cpu/parallel.inl"
 #include "cpu/attention.inl"
+#include "cpu/activation.inl"
+#include "cpu/product.inl"
+#include "cpu/linear.inl"
 // clang-format on
 
 }  // namespace
@@ -26,6 +29,11 @@ const Kernels* avx512bf16_kernels() {
     made.isa = "avx512bf16";
     made.attention = attention;
     made.attention_backward = attention_backward;
+    made.activation = activation;
+    made.activation_backward = activation_backward;
+    made.linear = linear;
+    made.linear_backward_input = linear_backward_input;
+    made.linear_backward_weight = linear_backward_weight;
     return made;
   }();
   static const bool available = avx512_kernels() != nullptr && __builtin_cpu_supports("avx512bf16");

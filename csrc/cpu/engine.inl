@@ -17,6 +17,8 @@ namespace {
 #include "cpu/cross_entropy.inl"
 #include "cpu/layer_norm.inl"
 #include "cpu/rope.inl"
+#include "cpu/product.inl"
+#include "cpu/linear.inl"
 #include "cpu/softmax.inl"
 // clang-format on
 
@@ -38,6 +40,9 @@ const Kernels kTable = {
     .attention = attention,
     .attention_backward = attention_backward,
     .rope = rope,
+    .linear = linear,
+    .linear_backward_input = linear_backward_input,
+    .linear_backward_weight = linear_backward_weight,
     .grad_norm = grad_norm,
     .adamw = adamw,
 };

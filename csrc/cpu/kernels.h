@@ -168,6 +168,41 @@ struct RopeArgs {
   bool interleaved, inverse;
 };
 
+// Matrices are contiguous; `half` allows products of bf16 pairs, summed in fp32.
+struct LinearArgs {
+  bool half;
+  DType x_dtype, w_dtype, y_dtype, residual_dtype;
+  const void* x;       // (rows, in)
+  const void* weight;  // (out, in)
+  const void* bias;    // (out) of w_dtype, or nullptr
+  bool has_activation = false;
+  Activation activation = Activation::kReLU;
+  void* slope = nullptr;           // (rows, out) of y_dtype: the activation's derivative, or nullptr
+  const void* residual = nullptr;  // (rows, out), or nullptr
+  void* y;                         // (rows, out) = activation(x W^T + bias) + residual
+  int64_t rows, in, out;
+};
+
+struct LinearBackwardInputArgs {
+  bool half;
+  DType dy_dtype, w_dtype, dx_dtype, slope_dtype;
+  const void* dy;               // (rows, out)
+  const void* weight;           // (out, in)
+  const void* slope = nullptr;  // (rows, in): the derivative of the activation that made x, or nullptr
+  void* dx;                     // (rows, in) = (dy W) slope
+  int64_t rows, in, out;
+};
+
+struct LinearBackwardWeightArgs {
+  bool half, accumulate;  // accumulate: add to what is there
+  DType dy_dtype, x_dtype, dw_dtype, db_dtype;
+  const void* dy;  // (rows, out)
+  const void* x;   // (rows, in)
+  void* dweight;   // (out, in), or nullptr
+  void* dbias;     // (out), or nullptr
+  int64_t rows, in, out;
+};
+
 struct AdamWTensor {
   float* param;
   const float* grad;
@@ -206,6 +241,9 @@ struct Kernels {
   void (*attention)(const AttentionArgs&, int threads);
   void (*attention_backward)(const AttentionBackwardArgs&, int threads);
   void (*rope)(const RopeArgs&, int threads);
+  void (*linear)(const LinearArgs&, int threads);
+  void (*linear_backward_input)(const LinearBackwardInputArgs&, int threads);
+  void (*linear_backward_weight)(const LinearBackwardWeightArgs&, int threads);
   double (*grad_norm)(const float* const* grads, const int64_t* sizes, int64_t count, int threads);
   void (*adamw)(const AdamWArgs&, int threads);
 };

@@ -53,15 +53,15 @@ INLINE VecUInt to_pairs(Vec even, Vec odd) {
 #endif
 }
 
-// One tile: first(r, c, acc) sets where the sum starts, last(r, c, acc) takes it (by reference: a lambda in a template
-// that returns a vector is compiled for the base target's ABI). A(r, k) lies at a[r * lda + k], or at a[k * lda + r]
-// where kTransposed; B's row k at b[k * ldb].
-template <class Math, bool kTransposed, int kColumns, class First, class Last>
+// One tile of kRows: first(r, c, acc) sets where the sum starts, last(r, c, acc) takes it (by reference: a lambda in a
+// template that returns a vector is compiled for the base target's ABI). A(r, k) lies at a[r * lda + k], or at
+// a[k * lda + r] where kTransposed; B's row k at b[k * ldb].
+template <class Math, bool kTransposed, int kColumns, int kRows, class First, class Last>
 INLINE void multiply_tile(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t ldb,
                           int64_t depth, const First& first, const Last& last) {
-  Vec acc[kTileRows][kColumns];
+  Vec acc[kRows][kColumns];
 #pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) first(r, c, acc[r][c]);
   }
@@ -70,14 +70,14 @@ INLINE void multiply_tile(const typename Math::Element* a, int64_t lda, const ty
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) row[c] = Math::vector(b + k * ldb + c * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const Vec term = Math::broadcast(kTransposed ? a + k * lda + r : a + r * lda + k);
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) acc[r][c] = Math::multiply_add(term, row[c], acc[r][c]);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) last(r, c, acc[r][c]);
   }
@@ -93,7 +93,7 @@ INLINE void multiply_rows(const typename Math::Element* a, int64_t lda, const ty
     const int tiles = (left + kTileColumns - 1) / kTileColumns;
     const int columns = (left + tiles - 1) / tiles;
     const auto tile = [&](auto count) {
-      multiply_tile<Math, kTransposed, decltype(count)::value>(
+      multiply_tile<Math, kTransposed, decltype(count)::value, kTileRows>(
           a, lda, b + c0 * kLanes, ldb, depth, [&](int r, int c, Vec& v) { first(r, c0 + c, v); },
           [&](int r, int c, const Vec& v) { last(r, c0 + c, v); });
     };
@@ -219,7 +219,7 @@ struct Pack<Float32Math> {
 #if defined(FASTGPT_BF16_DOT)
 template <>
 struct Pack<BFloat16Math> {
-  // 2 * kLanes neighbours, kLanes neighbours each in a lane of its own; 0 from n on.
+  // 2 * kLanes neighbours, kLanes neighbours each in a lane of its own; 0 from n on. Floats are rounded to bf16.
   static INLINE VecUInt load_pairs(const BFloat16* p, int64_t n) {
     VecUInt v = {};
     if (n >= 2 * kLanes) {
@@ -228,6 +228,29 @@ struct Pack<BFloat16Math> {
       std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(BFloat16));
     }
     return v;
+  }
+
+  static INLINE VecUInt load_pairs(const float* p, int64_t n) {
+    Vec low, high = {};
+    if (n >= 2 * kLanes) {
+      low = load(p);
+      high = load(p + kLanes);
+    } else {
+      low = load_part(p, static_cast<int>(n));
+      if (n > kLanes) high = load_n(p + kLanes, static_cast<int>(n - kLanes));
+    }
+    return (VecUInt)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+
+  // Rows of A: neighbours in a row make a pair. ld (in pairs) is a multiple of kLanes.
+  template <class T>
+  static INLINE void rows(const T* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
+    for (int64_t r = 0; r < n; ++r, x += stride, out += ld) {
+      for (int64_t d = 0; d < dim; d += 2 * kLanes) {
+        const VecUInt pairs = load_pairs(x + d, dim - d);
+        std::memcpy(out + d / 2, &pairs, sizeof pairs);
+      }
+    }
   }
 
   static INLINE VecUInt widen(const BFloat16* p, int64_t n) {
@@ -240,31 +263,31 @@ struct Pack<BFloat16Math> {
     return __builtin_convertvector(half, VecUInt);
   }
 
-  // Rows of A: neighbours in a row make a pair. ld (in pairs) is a multiple of kLanes.
-  static INLINE void rows(const BFloat16* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
-    for (int64_t r = 0; r < n; ++r, x += stride, out += ld) {
-      int64_t d = 0;
-      for (; d + 2 * kLanes <= dim; d += 2 * kLanes) std::memcpy(out + d / 2, x + d, 4 * kLanes);
-      if (d < dim) {
-        const VecUInt last = load_pairs(x + d, dim - d);
-        std::memcpy(out + d / 2, &last, sizeof last);
-      }
-    }
+  static INLINE VecUInt two_rows(const BFloat16* even, const BFloat16* odd, int64_t n) {
+    VecUInt pair = widen(even, n);
+    if (odd != nullptr) pair |= widen(odd, n) << 16;
+    return pair;
+  }
+
+  static INLINE VecUInt two_rows(const float* even, const float* odd, int64_t n) {
+    const int wide = static_cast<int>(std::min<int64_t>(n, kLanes));
+    return to_pairs(load_part(even, wide), odd != nullptr ? load_part(odd, wide) : Vec{});
   }
 
   // Rows of B where the sum runs over the rows: out(r / 2, d) = (x(r, d), x(r + 1, d)), 0 beyond n rows or dim columns.
-  static INLINE void pairs(const BFloat16* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
+  template <class T>
+  static INLINE void pairs(const T* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
     for (int64_t r = 0; r < n; r += 2, x += 2 * stride, out += ld) {
       for (int64_t d = 0; d < dim; d += kLanes) {
-        VecUInt pair = widen(x + d, dim - d);
-        if (r + 1 < n) pair |= widen(x + stride + d, dim - d) << 16;
+        const VecUInt pair = two_rows(x + d, r + 1 < n ? x + stride + d : nullptr, dim - d);
         std::memcpy(out + d, &pair, sizeof pair);
       }
     }
   }
 
   // B transposed: out(d / 2, i) = (x(i, d), x(i, d + 1)), 0 for i in [n, ld) and d = dim.
-  static INLINE void columns(const BFloat16* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
+  template <class T>
+  static INLINE void columns(const T* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {
     for (int64_t i = 0; i < ld; i += kLanes) {
       for (int64_t d = 0; d < dim; d += 2 * kLanes) {
         Vec square[kLanes];

@@ -4,12 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/transformer_block.h"
 
 namespace py = pybind11;
 using namespace fastgpt::cpu;
@@ -32,6 +34,41 @@ DType dtype_of(int code) {
 Activation activation_of(int code) {
   if (code < 0 || code > 5) throw py::value_error("kind: expected an activation's number, 0 to 5");
   return static_cast<Activation>(code);
+}
+
+// Of a transformer block: the activation, batch, time, width, heads, key heads and the width inside.
+BlockShape block_shape(int stream, int params, int inner, bool half, const std::array<int64_t, 7>& sizes, float eps) {
+  return {dtype_of(stream),
+          dtype_of(params),
+          dtype_of(inner),
+          half,
+          activation_of(static_cast<int>(sizes[0])),
+          eps,
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          sizes[4],
+          sizes[5],
+          sizes[6]};
+}
+
+using Addresses12 = std::array<Address, 12>;  // weight and bias of norm1, qkv, proj, norm2, fc, out
+
+BlockWeights block_weights(const Addresses12& a) {
+  const auto pair = [&](int i) { return LinearWeights{at<const void>(a[2 * i]), at<const void>(a[2 * i + 1])}; };
+  return {pair(0), pair(1), pair(2), pair(3), pair(4), pair(5)};
+}
+
+BlockGradients block_gradients(const Addresses12& a) {
+  const auto pair = [&](int i) { return LinearGradients{at<void>(a[2 * i]), at<void>(a[2 * i + 1])}; };
+  return {pair(0), pair(1), pair(2), pair(3), pair(4), pair(5)};
+}
+
+using Addresses10 = std::array<Address, 10>;  // in the order of BlockState
+
+BlockState block_state(const Addresses10& a) {
+  return {at<float>(a[0]), at<float>(a[1]), at<void>(a[2]),  at<float>(a[3]), at<void>(a[4]),
+          at<void>(a[5]),  at<float>(a[6]), at<float>(a[7]), at<void>(a[8]),  at<void>(a[9])};
 }
 
 using Strides = std::array<int64_t, 3>;  // of batch, head and time
@@ -321,6 +358,91 @@ PYBIND11_MODULE(_cpu, m) {
                       interleaved,
                       inverse};
         kernels().rope(args, threads);
+      },
+      Release());
+
+  m.def(
+      "linear",
+      [](bool half, int x_dtype, int w_dtype, int y_dtype, int residual_dtype, Address x, Address weight, Address bias,
+         int kind, Address slope, Address residual, Address y, int64_t rows, int64_t in, int64_t out, int threads) {
+        LinearArgs args{half,
+                        dtype_of(x_dtype),
+                        dtype_of(w_dtype),
+                        dtype_of(y_dtype),
+                        dtype_of(residual_dtype),
+                        at<const void>(x),
+                        at<const void>(weight),
+                        at<const void>(bias),
+                        kind >= 0,
+                        activation_of(std::max(kind, 0)),
+                        at<void>(slope),
+                        at<const void>(residual),
+                        at<void>(y),
+                        rows,
+                        in,
+                        out};
+        kernels().linear(args, threads);
+      },
+      Release());
+
+  m.def(
+      "linear_backward_input",
+      [](bool half, int dy_dtype, int w_dtype, int dx_dtype, int slope_dtype, Address dy, Address weight, Address slope,
+         Address dx, int64_t rows, int64_t in, int64_t out, int threads) {
+        LinearBackwardInputArgs args{half,
+                                     dtype_of(dy_dtype),
+                                     dtype_of(w_dtype),
+                                     dtype_of(dx_dtype),
+                                     dtype_of(slope_dtype),
+                                     at<const void>(dy),
+                                     at<const void>(weight),
+                                     at<const void>(slope),
+                                     at<void>(dx),
+                                     rows,
+                                     in,
+                                     out};
+        kernels().linear_backward_input(args, threads);
+      },
+      Release());
+
+  m.def(
+      "linear_backward_weight",
+      [](bool half, bool accumulate, int dy_dtype, int x_dtype, int dw_dtype, int db_dtype, Address dy, Address x,
+         Address dweight, Address dbias, int64_t rows, int64_t in, int64_t out, int threads) {
+        LinearBackwardWeightArgs args{half,
+                                      accumulate,
+                                      dtype_of(dy_dtype),
+                                      dtype_of(x_dtype),
+                                      dtype_of(dw_dtype),
+                                      dtype_of(db_dtype),
+                                      at<const void>(dy),
+                                      at<const void>(x),
+                                      at<void>(dweight),
+                                      at<void>(dbias),
+                                      rows,
+                                      in,
+                                      out};
+        kernels().linear_backward_weight(args, threads);
+      },
+      Release());
+
+  m.def(
+      "transformer_block",
+      [](int stream, int params, int inner, bool half, const std::array<int64_t, 7>& sizes, float eps,
+         const Addresses12& weights, Address x, const Addresses10& state, Address y, int threads) {
+        transformer_block(block_shape(stream, params, inner, half, sizes, eps), block_weights(weights),
+                          at<const void>(x), block_state(state), at<void>(y), threads);
+      },
+      Release());
+
+  m.def(
+      "transformer_block_backward",
+      [](int stream, int params, int inner, bool half, const std::array<int64_t, 7>& sizes, float eps,
+         const Addresses12& weights, Address x, const Addresses10& state, Address dy, Address dx,
+         const Addresses12& gradients, int threads) {
+        transformer_block_backward(block_shape(stream, params, inner, half, sizes, eps), block_weights(weights),
+                                   at<const void>(x), block_state(state), at<const void>(dy), at<void>(dx),
+                                   block_gradients(gradients), threads);
       },
       Release());
 

@@ -24,6 +24,7 @@ from fastgpt import ops
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.init import init_weights
 from fastgpt.nn import MLP, CausalSelfAttention, LayerCache, LayerNorm
+from fastgpt.ops.transformer_block import covers
 
 
 class Cache(Protocol):
@@ -38,6 +39,10 @@ class Cache(Protocol):
     def layers(self) -> Sequence[LayerCache]:
         """One cache a block."""
         ...
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 class Block(torch.nn.Module):
@@ -55,8 +60,36 @@ class Block(torch.nn.Module):
         self.mlp = MLP(C, activation=config.activation, bias=bias, dropout=dropout)
 
     def forward(self, x: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
+        if cache is None and covers(x) and self._is_whole():
+            return self._in_one_call(x)
         x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+    def _is_whole(self) -> bool:
+        """Whether the parts are what the constructor made, so that one op may stand for all of them: no other module in the place of
+        one (LoRA), no hook that expects to see its result, no dropout to apply."""
+        attn, mlp = self.attn, self.mlp
+        if (
+            type(attn) is not CausalSelfAttention
+            or type(mlp) is not MLP
+            or (self.training and (attn.dropout or mlp.dropout))
+        ):
+            return False
+        norms = (self.ln_1, self.ln_2)
+        linears = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+        return (
+            all(type(part) is LayerNorm for part in norms)
+            and all(type(part) is torch.nn.Linear for part in linears)
+            and not any(_has_hooks(part) for part in (attn, mlp, *norms, *linears))
+        )
+
+    def _in_one_call(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+        params = [p for part in parts for p in (part.weight, part.bias)]
+        heads, kv_heads, _ = self.attn.heads
+        return ops.transformer_block(
+            x, params, n_head=heads, n_kv_head=kv_heads, activation=self.mlp.activation, eps=self.ln_1.eps
+        )
 
 
 class GPT(torch.nn.Module):
@@ -92,7 +125,8 @@ class GPT(torch.nn.Module):
         cache: Cache | None = None,
         *,
         all_logits: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        need_logits: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits, and with targets the mean cross-entropy.
 
         Args:
@@ -101,6 +135,9 @@ class GPT(torch.nn.Module):
             cache: keys and values of the tokens before idx, which then start at position cache.length; idx is appended
                 to it.
             all_logits: without targets, return the logits of every position rather than of the last one only.
+
+            need_logits: with targets, False leaves the logits out (None): loss and gradients are then made a part of them
+                at a time (ops.linear_cross_entropy), in less memory and time. For training and evaluation.
 
         Returns:
             (logits, loss): logits (B, T, V) and a scalar loss in nats a token where targets are given; else logits (B,
@@ -132,7 +169,11 @@ class GPT(torch.nn.Module):
                 x = block(x, layer_cache)  # (B, T, C)
         if targets is None and not all_logits:
             x = x[:, -1:]  # (B, 1, C): the head is most of a small model's work
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        x = self.ln_f(x)
+        if targets is not None and not need_logits:
+            rows = x.view(-1, x.shape[-1])
+            return None, ops.linear_cross_entropy(rows, self.wte.weight, targets.reshape(-1))
+        logits = F.linear(x, self.wte.weight)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))

@@ -15,10 +15,13 @@ from fastgpt.ops.attention import attention
 from fastgpt.ops.backend import get_backend, set_backend, use_backend
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.linear import linear
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.rope import rope, rope_tables
 from fastgpt.ops.softmax import softmax
 from fastgpt.ops.swiglu import geglu, swiglu
+from fastgpt.ops.transformer_block import transformer_block
 
 __all__ = [
     "adamw",
@@ -31,6 +34,8 @@ __all__ = [
     "get_backend",
     "grad_norm",
     "layer_norm",
+    "linear",
+    "linear_cross_entropy",
     "relu",
     "rms_norm",
     "rope",
@@ -41,6 +46,7 @@ __all__ = [
     "softmax",
     "swiglu",
     "tanh",
+    "transformer_block",
     "use_backend",
 ]
 

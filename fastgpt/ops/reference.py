@@ -393,6 +393,194 @@ def cross_entropy_backward(
     return (torch.where(counted[:, None], p, 0.0) * g[..., None]).to(logits.dtype)
 
 
+# ---- linear layers with an activation and a residual
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of that name; the input where it has none."""
+    if activation.startswith("gelu"):
+        return gelu(x, "tanh" if activation == "gelu_tanh" else "none")
+    formulas = {"": lambda v: v, "relu": relu, "sigmoid": sigmoid, "tanh": tanh, "silu": silu}
+    return formulas[activation](x)
+
+
+def _slope(x: Tensor, activation: str) -> Tensor:
+    """The activation's derivative."""
+    one = torch.ones_like(x)
+    if activation.startswith("gelu"):
+        return gelu_backward(one, x, "tanh" if activation == "gelu_tanh" else "none")
+    if activation == "silu":
+        return silu_backward(one, x)
+    formulas = {"relu": relu_backward, "sigmoid": sigmoid_backward, "tanh": tanh_backward}
+    return formulas[activation](one, _activate(x, activation))
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = _wide(x) @ _wide(weight).T
+    return y if bias is None else y + _wide(bias)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    keeps: bool,
+) -> tuple[Tensor, Tensor]:
+    """activation(x weight^T + bias) + residual, and the activation's derivative (empty where there is none or it is not kept)."""
+    before = _project(x, weight, bias)
+    y = _activate(before, activation)
+    slope = _slope(before, activation).to(dtype) if activation and keeps else x.new_empty(0, dtype=dtype)
+    return (y if residual is None else y + _wide(residual)).to(dtype), slope
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias of x weight^T + bias, empty where not needed."""
+    dx, dweight, dbias = _project_backward(grad, x, weight)
+    return (
+        dx.to(x.dtype) if needs_x else x.new_empty(0),
+        dweight.to(weight.dtype) if needs_weight else weight.new_empty(0),
+        dbias.to(weight.dtype) if needs_bias else weight.new_empty(0),
+    )
+
+
+def _project_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias in the formulas' type."""
+    dy = _wide(grad)
+    rows = dy.reshape(-1, dy.shape[-1])
+    return dy @ _wide(weight), rows.T @ _wide(x).reshape(-1, x.shape[-1]), rows.sum(0)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of the logits x weight^T and the gradients of x and weight (empty where not kept)."""
+    logits = _project(x, weight, None).to(dtype)
+    loss, lse = cross_entropy(logits, target, ignore_index, reduction, label_smoothing)
+    if not keeps:
+        return loss, x.new_empty(0), weight.new_empty(0)
+    grad = cross_entropy_backward(torch.ones_like(loss), logits, target, lse, ignore_index, reduction, label_smoothing)
+    dx, dweight, _ = _project_backward(grad, x, weight)
+    return loss, dx.to(x.dtype), dweight.to(weight.dtype)
+
+
+# ---- a pre-norm transformer block (Radford et al., 2019, 2.3), made of the formulas above
+
+
+def _heads(qkv: Tensor, heads: int, kv_heads: int) -> list[Tensor]:
+    """(B, T, (H + 2 H_kv) D) as queries, keys and values, (B, H, T, D) each."""
+    parts = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], dim=2)
+    return [part.transpose(1, 2) for part in parts]
+
+
+def transformer_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor | None,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    activation: str,
+    inner: torch.dtype,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y; x' (after attention); queries, keys, values, attention's result and (where kept) the activation's result and derivative, flat,
+    in `inner`; the means and 1 / standard deviations of both norms and the scores' log-sum-exp, flat."""
+    normed, mean1, rstd1 = layer_norm(x, norm1_weight, norm1_bias, eps)
+    qkv = _project(normed, qkv_weight, qkv_bias).to(inner)
+    q, k, v = _heads(qkv, heads, kv_heads)
+    attended, lse = attention(q, k, v, True, q.shape[-1] ** -0.5)
+    attended = attended.transpose(1, 2).flatten(2)
+    middle = (_project(attended, proj_weight, proj_bias) + _wide(x)).to(x.dtype)
+    normed, mean2, rstd2 = layer_norm(middle, norm2_weight, norm2_bias, eps)
+    hidden = _project(normed, fc_weight, fc_bias)
+    hidden, slope = (_activate(hidden, activation).to(inner), _slope(hidden, activation).to(inner))
+    y = (_project(hidden, out_weight, out_bias) + _wide(middle)).to(x.dtype)
+    kept = torch.cat([part.reshape(-1) for part in ((qkv, attended, hidden, slope) if keeps else (qkv, attended))])
+    return y, middle, kept, torch.cat([part.reshape(-1) for part in (mean1, rstd1, mean2, rstd2, lse)])
+
+
+def transformer_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    middle: Tensor,
+    kept: Tensor,
+    stats: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor | None,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    activation: str,
+    inner: torch.dtype,
+    needs_params: bool,
+) -> list[Tensor]:
+    """dx, then the parameters' gradients in their order, empty where there is no parameter or none is needed."""
+    rows = x.shape[:-1]
+    widths = (qkv_weight.shape[0], x.shape[-1], fc_weight.shape[0], fc_weight.shape[0])
+    qkv, attended, hidden, slope = (
+        part.view(*rows, width)
+        for part, width in zip(kept.split([rows.numel() * width for width in widths]), widths, strict=True)
+    )
+    mean1, rstd1, mean2, rstd2 = (part.view(rows) for part in stats[: 4 * rows.numel()].chunk(4))
+    lse = stats[4 * rows.numel() :].view(rows[0], heads, rows[1])
+
+    dactivated, dout, dout_bias = _project_backward(grad, hidden, out_weight)
+    dhidden = (dactivated * _wide(slope)).to(inner)
+    normed = layer_norm(middle, norm2_weight, norm2_bias, eps)[0]
+    dnormed, dfc, dfc_bias = _project_backward(dhidden, normed, fc_weight)
+    dmiddle, dnorm2, dnorm2_bias = layer_norm_backward(dnormed, _wide(middle), norm2_weight, mean2, rstd2, True)
+    dmiddle = dmiddle + _wide(grad)
+
+    dattended, dproj, dproj_bias = _project_backward(dmiddle, attended, proj_weight)
+    q, k, v = _heads(qkv, heads, kv_heads)
+    dattended, attended = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (dattended.to(inner), attended))
+    dq, dk, dv = attention_backward(dattended, q, k, v, attended, lse, True, q.shape[-1] ** -0.5)
+    dqkv = torch.cat([part.transpose(1, 2) for part in (dq, dk, dv)], dim=2).flatten(2)
+    normed = layer_norm(x, norm1_weight, norm1_bias, eps)[0]
+    dnormed, dqkv_weight, dqkv_bias = _project_backward(dqkv, normed, qkv_weight)
+    dx, dnorm1, dnorm1_bias = layer_norm_backward(dnormed, _wide(x), norm1_weight, mean1, rstd1, True)
+
+    pairs = (
+        (dnorm1, norm1_weight), (dnorm1_bias, norm1_bias), (dqkv_weight, qkv_weight), (dqkv_bias, qkv_bias),
+        (dproj, proj_weight), (dproj_bias, proj_bias), (dnorm2, norm2_weight), (dnorm2_bias, norm2_bias),
+        (dfc, fc_weight), (dfc_bias, fc_bias), (dout, out_weight), (dout_bias, out_bias),
+    )  # fmt: skip
+    gradients = [x.new_empty(0) if p is None or not needs_params else d.to(p.dtype).contiguous() for d, p in pairs]
+    return [(dx + dmiddle).to(x.dtype).contiguous(), *gradients]
+
+
 # ---- optimizer: AdamW, arXiv 1711.05101, algorithm 2
 
 

@@ -27,7 +27,7 @@ def mean_loss(
     """Mean cross-entropy in nats per token, dropout off, summed in double precision; the model's mode is as before afterwards.
 
     Args:
-        model: called as model(x, y) -> (logits, loss), loss the mean over the batch.
+        model: called as model(x, y, need_logits=False) -> (logits, loss), loss the mean over the batch.
         batches: pairs of (B, T) int64 tensors; B may differ.
         device: where the model is.
         dtype: torch.float32, or torch.bfloat16 for autocast.
@@ -37,7 +37,7 @@ def mean_loss(
     total, count = 0.0, 0
     for x, y in batches:
         with autocast(device, dtype):
-            _, loss = model(x.to(device), y.to(device))
+            _, loss = model(x.to(device), y.to(device), need_logits=False)
         total += loss.item() * y.numel()
         count += y.numel()
     model.train(was_training)

@@ -172,7 +172,7 @@ class Trainer:
         for micro in range(accum):
             x, y = self.loader.batch(self.state.step, micro, accum)
             with autocast(self.device, self.dtype):
-                _, loss = self.model(x.to(self.device), y.to(self.device))
+                _, loss = self.model(x.to(self.device), y.to(self.device), need_logits=False)
             (loss / accum if accum > 1 else loss).backward()
             total += loss.detach()
         norm = self.optimizer.grad_norm()

@@ -1,0 +1,203 @@
+// Linear layers: y = activation(x W^T + bias) + residual and its gradients, W (out, in) as torch keeps it.
+//
+//   forward          y  = f(x W^T + b) + residual
+//   backward_input   dx = (dy W) slope    (slope: the derivative of the activation that made x, kept by its forward)
+//   backward_weight  dW = dy^T x, db = sum over the rows of dy, added to what is there where `accumulate`
+//
+// `half` allows products of bf16 pairs (where the chip has them), summed in fp32; without it numbers are multiplied in
+// fp32 whatever their storage.
+
+#if defined(FASTGPT_BF16_DOT)
+template <class Body>
+INLINE void with_math(bool half, const Body& body) {
+  half ? body(BFloat16Math{}) : body(Float32Math{});
+}
+#else
+template <class Body>
+INLINE void with_math(bool, const Body& body) {
+  body(Float32Math{});
+}
+#endif
+
+INLINE Vec load_as(DType dtype, const void* p, int64_t i, int n) {
+  return dtype == DType::kBFloat16 ? load_part(static_cast<const BFloat16*>(p) + i, n)
+                                   : load_part(static_cast<const float*>(p) + i, n);
+}
+
+INLINE void store_as(DType dtype, void* p, int64_t i, Vec v, int n) {
+  dtype == DType::kBFloat16 ? store_part(static_cast<BFloat16*>(p) + i, v, n)
+                            : store_part(static_cast<float*>(p) + i, v, n);
+}
+
+// Few rows: the weights are read once from memory, four of their rows at a time, and nothing is packed.
+constexpr int64_t kFewRows = 8;
+
+template <class X, class W, class Finish>
+void few_rows(const X* x, const W* weight, int64_t rows, int64_t in, int64_t out, int threads, const Finish& finish) {
+  constexpr int kTogether = 4;  // at most kLanes
+  parallel_for((out + kTogether - 1) / kTogether, std::max<int64_t>(1, kGrain / (kTogether * in + 1)), threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t group = begin; group < end; ++group) {
+                   const int64_t n0 = group * kTogether;
+                   const int count = static_cast<int>(std::min<int64_t>(kTogether, out - n0));
+                   for (int64_t r = 0; r < rows; ++r) {
+                     Vec acc[kTogether] = {};
+                     for (int64_t k = 0; k < in; k += kLanes) {
+                       const int n = static_cast<int>(std::min<int64_t>(kLanes, in - k));
+                       const Vec v = load_part(x + r * in + k, n);
+#pragma GCC unroll 4
+                       for (int j = 0; j < kTogether; ++j) {
+                         const W* row = weight + (n0 + std::min(j, count - 1)) * in + k;
+                         acc[j] = fma(v, load_part(row, n), acc[j]);
+                       }
+                     }
+                     float tile[kLanes] = {};
+                     for (int j = 0; j < kTogether; ++j) tile[j] = sum(acc[j]);
+                     finish(r, n0, 1, count, tile);
+                   }
+                 }
+               });
+}
+
+// f(x), and f'(x) where `slope` is wanted.
+template <class F>
+INLINE Vec activate(F, Vec x, bool wanted, Vec& slope) {
+  if constexpr (F::kKeepsInput) {
+    if (!wanted) return F::forward(x);
+    const std::pair<Vec, Vec> both = F::value_and_slope(x);
+    slope = both.second;
+    return both.first;
+  } else {
+    const Vec value = F::forward(x);
+    slope = F::backward(splat(1.0f), value);
+    return value;
+  }
+}
+
+// Runs step(v, place, c, n) on every vector of a tile: place is its first number's offset in the result, c its column,
+// n how many of its lanes count. `step` is inlined with a constant n where the tile is full.
+template <class Step>
+INLINE void finish_tile(int64_t r0, int64_t c0, int height, int width, int64_t stride, const float* tile,
+                        const Step& step) {
+  for (int i = 0; i < height; ++i, tile += kPanel) {
+    const int64_t place = (r0 + i) * stride + c0;
+    if (width == kPanel) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanel; j += kLanes) step(load(tile + j), place + j, c0 + j, kLanes);
+    } else {
+      for (int j = 0; j < width; j += kLanes) {
+        step(load(tile + j), place + j, c0 + j, std::min(kLanes, width - j));
+      }
+    }
+  }
+}
+
+void linear(const LinearArgs& a, int threads) {
+  const auto finish = [&](int64_t r0, int64_t c0, int height, int width, const float* tile) {
+    with_type(a.y_dtype, [&](auto y_tag) {
+      using Y = decltype(y_tag);
+      Y* y = static_cast<Y*>(a.y);
+      Y* slope = static_cast<Y*>(a.slope);
+      const auto add_bias = [&](Vec v, int64_t c, int n) {
+        return a.bias == nullptr ? v : v + load_as(a.w_dtype, a.bias, c, n);
+      };
+      const auto add_residual = [&](Vec v, int64_t place, int n) {
+        return a.residual == nullptr ? v : v + load_as(a.residual_dtype, a.residual, place, n);
+      };
+      if (!a.has_activation) {
+        finish_tile(r0, c0, height, width, a.out, tile, [&](Vec v, int64_t place, int64_t c, int n) {
+          store_part(y + place, add_residual(add_bias(v, c, n), place, n), n);
+        });
+        return;
+      }
+      with_activation(a.activation, [&](auto f) {
+        finish_tile(r0, c0, height, width, a.out, tile, [&](Vec v, int64_t place, int64_t c, int n) {
+          Vec derivative = {};
+          const Vec value = activate(f, add_bias(v, c, n), slope != nullptr, derivative);
+          if (slope != nullptr) store_part(slope + place, derivative, n);
+          store_part(y + place, add_residual(value, place, n), n);
+        });
+      });
+    });
+  };
+  if (a.rows <= kFewRows) {
+    with_type(a.x_dtype, [&](auto x) {
+      with_type(a.w_dtype, [&](auto w) {
+        few_rows(static_cast<const decltype(x)*>(a.x), static_cast<const decltype(w)*>(a.weight), a.rows, a.in, a.out,
+                 threads, finish);
+      });
+    });
+    return;
+  }
+  with_math(a.half, [&](auto math) {
+    product<decltype(math), false, true>({a.x_dtype, a.x, a.in}, {a.w_dtype, a.weight, a.in}, a.rows, a.out, a.in,
+                                         threads, finish);
+  });
+}
+
+void linear_backward_input(const LinearBackwardInputArgs& a, int threads) {
+  const auto finish = [&](int64_t r0, int64_t c0, int height, int width, const float* tile) {
+    with_type(a.dx_dtype, [&](auto dx_tag) {
+      using X = decltype(dx_tag);
+      X* dx = static_cast<X*>(a.dx);
+      finish_tile(r0, c0, height, width, a.in, tile, [&](Vec v, int64_t place, int64_t, int n) {
+        store_part(dx + place, a.slope == nullptr ? v : v * load_as(a.slope_dtype, a.slope, place, n), n);
+      });
+    });
+  };
+  with_math(a.half, [&](auto math) {
+    product<decltype(math), false, false>({a.dy_dtype, a.dy, a.out}, {a.w_dtype, a.weight, a.in}, a.rows, a.in, a.out,
+                                          threads, finish);
+  });
+}
+
+constexpr int64_t kRowsAtOnce = 1024;  // of a weight gradient's long sum: what the packed blocks of both sides hold
+
+void linear_backward_weight(const LinearBackwardWeightArgs& a, int threads) {
+  if (a.dweight != nullptr) {
+    // A gradient in bf16 is summed in fp32 and rounded once.
+    const bool direct = a.dw_dtype == DType::kFloat32;
+    std::vector<float> wide(direct ? 0 : static_cast<size_t>(a.out * a.in));
+    float* sums = direct ? static_cast<float*>(a.dweight) : wide.data();
+    for (int64_t t = 0; t < std::max<int64_t>(a.rows, 1); t += kRowsAtOnce) {
+      const int64_t depth = std::min(kRowsAtOnce, a.rows - t);
+      const bool last = t + kRowsAtOnce >= a.rows;
+      const auto finish = [&](int64_t r0, int64_t c0, int height, int width, const float* tile) {
+        finish_tile(r0, c0, height, width, a.in, tile, [&](Vec v, int64_t place, int64_t, int n) {
+          if (t > 0 || (direct && a.accumulate)) v += load_part(sums + place, n);
+          if (direct || !last) return store_part(sums + place, v, n);
+          if (a.accumulate) v += load_as(a.dw_dtype, a.dweight, place, n);
+          store_as(a.dw_dtype, a.dweight, place, v, n);
+        });
+      };
+      const Matrix dy = {a.dy_dtype, nullptr, a.out}, x = {a.x_dtype, nullptr, a.in};
+      Matrix from = dy, with = x;
+      with_type(a.dy_dtype, [&](auto tag) { from.data = static_cast<const decltype(tag)*>(a.dy) + t * a.out; });
+      with_type(a.x_dtype, [&](auto tag) { with.data = static_cast<const decltype(tag)*>(a.x) + t * a.in; });
+      with_math(a.half, [&](auto math) {
+        product<decltype(math), true, false>(from, with, a.out, a.in, depth, threads, finish);
+      });
+    }
+  }
+  if (a.dbias == nullptr) return;
+  with_type(a.dy_dtype, [&](auto tag) {
+    const auto* dy = static_cast<const decltype(tag)*>(a.dy);
+    const int64_t vectors = (a.out + kLanes - 1) / kLanes;
+    parallel_for(vectors, std::max<int64_t>(1, kGrain / (kLanes * a.rows + 1)), threads,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t vector = begin; vector < end; ++vector) {
+                     const int64_t c = vector * kLanes;
+                     const int n = static_cast<int>(std::min<int64_t>(kLanes, a.out - c));
+                     Vec total = {};
+                     for (int64_t r = 0; r < a.rows; r += kChain) {
+                       Vec part = {};
+                       for (int64_t i = r; i < std::min(a.rows, r + kChain); ++i)
+                         part += load_part(dy + i * a.out + c, n);
+                       total += part;
+                     }
+                     if (a.accumulate) total += load_as(a.db_dtype, a.dbias, c, n);
+                     store_as(a.db_dtype, a.dbias, c, total, n);
+                   }
+                 });
+  });
+}

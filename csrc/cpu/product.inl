@@ -1,0 +1,166 @@
+// One blocked product for matrices of any size: C(r, c) = sum_k A(r, k) B(k, c), summed in fp32.
+//
+// B is packed once, in panels of kPanel columns, by all threads together; then each thread takes blocks of A's rows,
+// packs a block (a type that is not the product's own is converted on the way) and runs it over every panel: a tile of
+// kProductRows x kPanel sums stays in registers, the panel comes from L1 and L2, the block's rows from L1. Finished
+// tiles go through `finish` while they are in L1: bias, activation, residual and the conversion of the result cost no
+// pass of their own. What is computed never depends on the number of threads.
+
+// 24 sums, 3 vectors of B and 1 number of A: 28 of 32 registers (12, 2 and 1 of 16 for AVX2). Eight rows rather than
+// six with four vectors each: B, which streams from L2, is read a third less often.
+constexpr int kProductRows = FASTGPT_LANES == 16 ? 8 : 6;
+constexpr int kPanelVectors = FASTGPT_LANES == 16 ? 3 : 2;
+constexpr int kPanel = kPanelVectors * kLanes;  // columns
+constexpr int64_t kBlockBytes = 256 << 10;      // of A, packed: a quarter of an L2
+constexpr int64_t kMostBlockRows = 96;          // a multiple of kProductRows
+constexpr int64_t kPackedBytes = 4 << 20;       // of B, packed: what fits into L3 beside everything else
+constexpr int64_t kTermsAtOnce = 4 * kChain;    // of a sum, before it is added to the tile in memory
+
+// A matrix in memory: element (i, j) at data[i * stride + j].
+struct Matrix {
+  DType dtype;
+  const void* data;
+  int64_t stride;
+};
+
+template <class Body>
+INLINE void with_matrix(const Matrix& m, int64_t row, int64_t column, const Body& body) {
+  with_type(m.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    body(static_cast<const T*>(m.data) + row * m.stride + column);
+  });
+}
+
+// Memory of a thread's own for packed blocks, aligned to a cache line.
+template <int kWhich>
+INLINE void* packed_memory(int64_t bytes) {
+  static thread_local std::vector<float> buffer;
+  const size_t floats = static_cast<size_t>(bytes) / sizeof(float) + 16;
+  if (buffer.size() < floats) buffer = std::vector<float>(floats);
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t{63});
+}
+
+// Rows of A that lie in memory as columns, kProductRows of them together: out(strip, k, r) = x(k, strip and r).
+template <class Math, class T>
+void pack_strips(const T* x, int64_t stride, int64_t depth, int64_t rows, typename Math::Element* out) {
+  using Element = typename Math::Element;
+  Element line[kMostBlockRows + kLanes + kProductRows];
+  const int64_t steps = (depth + Math::kTerms - 1) / Math::kTerms;
+  for (int64_t k = 0; k < steps; ++k) {
+    // The rows ahead lie in other pages, where the chip itself does not look.
+    for (int64_t t = 0; t < Math::kTerms; ++t) {
+      const char* ahead = reinterpret_cast<const char*>(x + std::min((k + 6) * Math::kTerms + t, depth - 1) * stride);
+      for (int64_t byte = 0; byte < rows * int64_t{sizeof(T)}; byte += 64) __builtin_prefetch(ahead + byte);
+    }
+    Pack<Math>::pairs(x + k * Math::kTerms * stride, stride, std::min<int64_t>(Math::kTerms, depth - k * Math::kTerms),
+                      rows, line, round_up(rows, kLanes));
+    for (int64_t r = 0; r < rows; r += kProductRows) {
+      std::memcpy(out + r * steps + k * kProductRows, line + r, kProductRows * sizeof(Element));
+    }
+  }
+}
+
+template <class Math, bool kTransposed, int kColumns>
+void product_tile(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t depth,
+                  float* tile) {
+  constexpr int64_t kSteps = kTermsAtOnce / Math::kTerms;
+  for (int64_t k = 0; k == 0 || k < depth; k += kSteps) {  // once for an empty sum, which is 0
+    multiply_tile<Math, kTransposed, kColumns, kProductRows>(
+        kTransposed ? a + k * lda : a + k, lda, b + k * kColumns * kLanes, kColumns * kLanes,
+        std::min(kSteps, depth - k), [](int, int, Vec& v) { v = Vec{}; },
+        [&](int r, int c, const Vec& v) {
+          float* place = tile + r * kPanel + c * kLanes;
+          store(place, k > 0 ? load(place) + v : v);
+        });
+  }
+}
+
+// A is (rows, depth), or (depth, rows) in memory where a_transposed; B is (depth, columns), or (columns, depth) in
+// memory where b_transposed. finish(r, c, height, width, tile) takes rows r.. and columns c.. of the result from
+// tile[i * kPanel + j].
+template <class Math, bool kTransposedA, bool kTransposedB, class Finish>
+void product(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, int64_t depth, int threads,
+             const Finish& finish) {
+  using Element = typename Math::Element;
+  if (rows <= 0 || columns <= 0) return;
+  const int64_t steps = (depth + Math::kTerms - 1) / Math::kTerms;
+  const int64_t panel_size = steps * kPanel;
+  const int64_t panels = (columns + kPanel - 1) / kPanel;
+  const int64_t panels_at_once = std::clamp<int64_t>(kPackedBytes / (panel_size * sizeof(Element) + 1), 1, panels);
+
+  int64_t block = std::min(kMostBlockRows, kBlockBytes / (steps * int64_t{sizeof(Element)} + 1));
+  block = std::max<int64_t>(block / kProductRows, 1) * kProductRows;
+  const int64_t rounds = (rows + block * threads - 1) / (block * threads);  // as many blocks for each thread
+  block = std::min(block, round_up((rows + rounds * threads - 1) / (rounds * threads), kProductRows));
+  const int64_t blocks = (rows + block - 1) / block;
+  const int64_t lda = kTransposedA ? kProductRows : round_up(steps, kLanes);
+  const int64_t strip_size = kTransposedA ? kProductRows * steps : kProductRows * lda;  // of kProductRows rows
+
+  Element* packed = static_cast<Element*>(packed_memory<0>(panels_at_once * panel_size * sizeof(Element)));
+  const int64_t work = rows * columns * depth;
+  const int team = work < 64 * 64 * 64 ? 1 : threads;
+
+  for (int64_t first = 0; first < panels; first += panels_at_once) {
+    const int64_t count = std::min(panels_at_once, panels - first);
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+      if (kTransposedB) {
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t c = (first + p) * kPanel, width = std::min<int64_t>(kPanel, columns - c);
+          with_matrix(b, c, 0, [&](auto* x) {
+            Pack<Math>::columns(x, b.stride, width, depth, packed + p * panel_size, round_up(width, kLanes));
+          });
+        }
+      } else {  // along the rows of B in memory, over all panels
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < steps; ++k) {
+          const int64_t terms = std::min<int64_t>(Math::kTerms, depth - k * Math::kTerms);
+          with_matrix(b, k * Math::kTerms, first * kPanel, [&](auto* x) {
+            for (int64_t p = 0; p < count; ++p) {
+              const int64_t width = std::min<int64_t>(kPanel, columns - (first + p) * kPanel);
+              const int64_t ld = round_up(width, kLanes);
+              Pack<Math>::pairs(x + p * kPanel, b.stride, terms, width, packed + p * panel_size + k * ld, ld);
+            }
+          });
+        }
+      }
+      Element* rows_of_a = static_cast<Element*>(packed_memory<1>(block / kProductRows * strip_size * sizeof(Element)));
+      float* tile = static_cast<float*>(packed_memory<2>(kProductRows * kPanel * sizeof(float)));
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+        const int64_t r0 = i * block, height = std::min(block, rows - r0);
+        if (kTransposedA) {
+          with_matrix(a, 0, r0, [&](auto* x) { pack_strips<Math>(x, a.stride, depth, height, rows_of_a); });
+        } else {
+          with_matrix(a, r0, 0, [&](auto* x) { Pack<Math>::rows(x, a.stride, height, depth, rows_of_a, lda); });
+        }
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t c = (first + p) * kPanel;
+          const int width = static_cast<int>(std::min<int64_t>(kPanel, columns - c));
+          for (int64_t r = 0; r < height; r += kProductRows) {
+            // Rows beyond the height hold an earlier block's numbers: computed, never stored.
+            const Element* from = rows_of_a + r / kProductRows * strip_size;
+            const auto tiles = [&](auto wide) {
+              product_tile<Math, kTransposedA, decltype(wide)::value>(from, lda, packed + p * panel_size, steps, tile);
+            };
+            switch ((width + kLanes - 1) / kLanes) {
+              case 1:
+                tiles(std::integral_constant<int, 1>{});
+                break;
+#if FASTGPT_LANES == 16
+              case 3:
+                tiles(std::integral_constant<int, 3>{});
+                break;
+#endif
+              default:
+                tiles(std::integral_constant<int, 2>{});
+                break;
+            }
+            finish(r0 + r, c, static_cast<int>(std::min<int64_t>(kProductRows, height - r)), width, tile);
+          }
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,216 @@
+"""transformer_block: the block in one call against its formula and against its parts; what Block takes it for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import check_op, random
+from torch.library import opcheck
+
+from fastgpt import ops
+from fastgpt.model import GPT, GPTConfig
+
+ACTIVATIONS = ("relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu")
+
+
+def inputs(batch, time, width, heads, kv_heads, bias=True, dtype=torch.float32):
+    """x and the twelve parameters, without the biases where `bias` is false."""
+    qkv = width // heads * (heads + 2 * kv_heads)
+    shapes = [(width,), (qkv, width), (width, width), (width,), (2 * width, width), (width, 2 * width)]
+    tensors = [random(batch, time, width, dtype=dtype)]
+    for i, shape in enumerate(shapes):
+        weight = random(
+            *shape, seed=2 * i + 1, dtype=torch.float64, scale=0.1 if len(shape) == 1 else shape[-1] ** -0.5
+        )
+        tensors.append((weight + 1 if len(shape) == 1 else weight).to(dtype))
+        if bias:
+            tensors.append(random(shape[0], seed=2 * i + 2, dtype=dtype, scale=0.1))
+    return tensors
+
+
+def twelve(params, bias):
+    return list(params) if bias else [p for weight in params for p in (weight, None)]
+
+
+def plain(x, params, heads, kv_heads, activation):
+    """The block as one writes it in torch."""
+    norm1, norm1_bias, qkv, qkv_bias, proj, proj_bias, norm2, norm2_bias, fc, fc_bias, out, out_bias = params
+    width = x.shape[-1]
+    act = {"gelu_tanh": lambda v: F.gelu(v, approximate="tanh")}.get(activation) or getattr(F, activation)
+    rows = F.linear(F.layer_norm(x, (width,), norm1, norm1_bias), qkv, qkv_bias).unflatten(
+        -1, (heads + 2 * kv_heads, -1)
+    )
+    q, k, v = (part.transpose(1, 2) for part in rows.split([heads, kv_heads, kv_heads], dim=2))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads).transpose(1, 2).flatten(2)
+    x = x + F.linear(y, proj, proj_bias)
+    return x + F.linear(act(F.linear(F.layer_norm(x, (width,), norm2, norm2_bias), fc, fc_bias)), out, out_bias)
+
+
+def check(tensors, heads, kv_heads, activation, bias, what=""):
+    def call(function, x, params, **options):
+        return function(x, twelve(params, bias), **options)
+
+    check_op(
+        lambda x, *p: call(ops.transformer_block, x, p, n_head=heads, n_kv_head=kv_heads, activation=activation),
+        lambda x, *p: call(plain, x, p, heads=heads, kv_heads=kv_heads, activation=activation),
+        lambda x, *p: call(plain, x, p, heads=heads, kv_heads=kv_heads, activation=activation),
+        tensors,
+        what,
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 64, 2, 2), (2, 17, 24, 3, 1), (3, 70, 64, 4, 2)], ids=str)
+def test_parity(isa, shape, bias):
+    check(inputs(*shape, bias=bias), *shape[3:], "gelu", bias, f"{shape}")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    check(inputs(2, 20, 32, 4, 4), 4, 4, activation, True, activation)
+
+
+def test_half_storage(isa):
+    check(inputs(2, 40, 64, 4, 4, dtype=torch.bfloat16), 4, 4, "gelu", True, "bf16")
+
+
+def test_formula_is_the_block_and_its_gradient():
+    tensors = inputs(2, 5, 8, 2, 1, dtype=torch.float64)
+    with ops.use_backend("reference"):
+        leaves = [t.requires_grad_() for t in tensors]
+        assert torch.autograd.gradcheck(
+            lambda x, *p: ops.transformer_block(x, p, n_head=2, n_kv_head=1, activation="tanh"), leaves
+        )
+
+
+@pytest.mark.parametrize("medium", [False, True])
+def test_autocast_and_medium_are_as_exact_as_torch_in_halves(isa, medium):
+    tensors = inputs(2, 64, 64, 4, 4)
+    exact = gradients(plain_block, [t.double() for t in tensors])
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = gradients(plain_block, tensors)
+    torch.set_float32_matmul_precision("medium" if medium else "highest")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=not medium):
+            mine = gradients(lambda x, *p: ops.transformer_block(x, p, n_head=4), tensors)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for ours, torchs, truth in zip(mine, theirs, exact, strict=True):
+        assert ours.dtype == torchs.dtype == torch.float32
+        error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (ours, torchs))
+        assert error <= 2 * allowed
+
+
+def plain_block(x, *params):
+    return plain(x, params, 4, 4, "gelu_tanh")
+
+
+def gradients(function, tensors):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, random(*y.shape, seed=7).to(y.dtype))]
+
+
+def test_same_bits_for_any_number_of_threads(isa):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(gradients(lambda x, *p: ops.transformer_block(x, p, n_head=4), inputs(3, 50, 64, 4, 4)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_without_gradients_nothing_is_kept():
+    x, *params = inputs(2, 30, 32, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.transformer_block(x, params, n_head=4), plain_block(x, *params))
+    frozen = ops.transformer_block(x.requires_grad_(), params, n_head=4)
+    frozen.sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in params)
+
+
+def test_opcheck():
+    x, *params = (t.requires_grad_() for t in inputs(1, 6, 16, 2, 1))
+    rest = (2, 1, 1e-5, "gelu", torch.float32, True)
+    opcheck(torch.ops.fastgpt.transformer_block.default, (x, *params, *rest))
+
+
+def test_compile():
+    x, *params = (t.requires_grad_() for t in inputs(1, 6, 16, 2, 2))
+    function = lambda x, *p: ops.transformer_block(x * 2, p, n_head=2).square().sum()  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(compiled(x, *params), function(x, *params))
+
+
+def test_bad_input():
+    x, *params = inputs(1, 6, 16, 2, 2)
+    with pytest.raises(ValueError, match=r"params\[2\] has shape"):
+        ops.transformer_block(x, params, n_head=2, n_kv_head=1)
+    with pytest.raises(ValueError, match="heads"):
+        ops.transformer_block(x, params, n_head=3)
+    with pytest.raises(ValueError, match="activation"):
+        ops.transformer_block(x, params, n_head=2, activation="gelo")
+    with pytest.raises(ValueError, match="12"):
+        ops.transformer_block(x, params[:-1], n_head=2)
+
+
+# ---- where a model takes it
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the op was called."""
+    count = []
+    whole = ops.transformer_block
+    monkeypatch.setattr(ops, "transformer_block", lambda *args, **kwargs: count.append(1) or whole(*args, **kwargs))
+    return count
+
+
+def model(**options):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, **options))
+
+
+def losses(gpt):
+    ids = torch.arange(32).view(2, 16)
+    loss = gpt(ids, ids.roll(1))[1]
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in gpt.parameters())]
+
+
+def test_a_model_takes_it_and_the_numbers_are_the_same(calls):
+    whole = losses(model())
+    assert len(calls) == 2
+    with ops.use_backend("reference"):
+        parts = losses(model())
+    assert len(calls) == 2
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_with_changed_parts_does_not(calls):
+    seen = []
+    hooked = model()
+    hooked.h[0].mlp.c_fc.register_forward_hook(lambda *_: seen.append(1))
+    losses(hooked)
+    assert len(calls) == 1
+    assert seen
+    dropping = model(dropout=0.5)
+    losses(dropping)
+    assert len(calls) == 1
+    dropping.eval()
+    losses(dropping)
+    assert len(calls) == 3
+
+
+def test_loss_without_logits_is_the_same():
+    gpt = model()
+    ids = torch.arange(32).view(2, 16)
+    logits, loss = gpt(ids, ids.roll(1))
+    without, same = gpt(ids, ids.roll(1), need_logits=False)
+    assert logits.shape == (2, 16, 50)
+    assert without is None
+    torch.testing.assert_close(loss, same)
