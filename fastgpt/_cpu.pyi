@@ -9,6 +9,7 @@ from collections.abc import Sequence
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def select_isa(name: str) -> None: ...
+def advise_huge_pages(address: int, bytes: int, /) -> None: ...
 def activation(kind: int, dtype: int, x: int, y: int, n: int, threads: int, /) -> None: ...
 def activation_backward(kind: int, dtype: int, dy: int, saved: int, dx: int, n: int, threads: int, /) -> None: ...
 def swiglu(
@@ -138,6 +139,37 @@ def cross_entropy_backward(
     classes: int,
     ignore_index: int,
     label_smoothing: float,
+    threads: int,
+    /,
+) -> None: ...
+def dropout(
+    x_dtype: int,
+    dtype: int,
+    x: int,
+    residual: int,
+    y: int,
+    n: int,
+    seed: int,
+    threshold: int,
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
+def embedding(
+    dtype: int, wide_ids: bool, ids: int, weight: int, y: int, count: int, rows: int, cols: int, threads: int, /
+) -> None: ...
+def embedding_backward(
+    grad_dtype: int,
+    dtype: int,
+    wide_ids: bool,
+    accumulate: bool,
+    ids: int,
+    dy: int,
+    dweight: int,
+    count: int,
+    rows: int,
+    cols: int,
+    padding_idx: int,
     threads: int,
     /,
 ) -> None: ...

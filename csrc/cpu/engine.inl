@@ -13,8 +13,12 @@ namespace {
 #include "cpu/bias_activation.inl"
 #include "cpu/swiglu.inl"
 #include "cpu/adamw.inl"
+#include "cpu/philox.inl"
+
 #include "cpu/attention.inl"
 #include "cpu/cross_entropy.inl"
+#include "cpu/dropout.inl"
+#include "cpu/embedding.inl"
 #include "cpu/layer_norm.inl"
 #include "cpu/rope.inl"
 #include "cpu/product.inl"
@@ -37,6 +41,9 @@ const Kernels kTable = {
     .layer_norm_backward = layer_norm_backward,
     .cross_entropy = cross_entropy,
     .cross_entropy_backward = cross_entropy_backward,
+    .dropout = dropout,
+    .embedding = embedding,
+    .embedding_backward = embedding_backward,
     .attention = attention,
     .attention_backward = attention_backward,
     .rope = rope,

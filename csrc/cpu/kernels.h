@@ -134,6 +134,40 @@ struct CrossEntropyBackwardArgs {
   float label_smoothing;
 };
 
+// y = x * mask / (1 - p) + residual; element i is dropped where its word of Philox (philox.inl) is below `threshold`.
+struct DropoutArgs {
+  DType x_dtype;
+  DType dtype;  // of residual and y
+  const void* x;
+  const void* residual;  // or nullptr
+  void* y;
+  int64_t n;
+  uint64_t seed;
+  uint32_t threshold;  // p 2^32
+  float scale;         // 1 / (1 - p)
+};
+
+// y = weight[ids]; ids are int64 where `wide_ids`, else int32, all in [0, rows).
+struct EmbeddingArgs {
+  DType dtype;
+  bool wide_ids;
+  const void* ids;     // (count)
+  const void* weight;  // (rows, cols)
+  void* y;             // (count, cols)
+  int64_t count, cols;
+};
+
+struct EmbeddingBackwardArgs {
+  DType grad_dtype, dtype;  // of dy, of dweight
+  bool wide_ids;
+  bool accumulate;  // add to the rows that occur; else every row is written
+  const void* ids;
+  const void* dy;
+  void* dweight;
+  int64_t count, rows, cols;  // count and rows below 2^31
+  int64_t padding_idx;        // gets no gradient; -1: none
+};
+
 // (B, H, T, D) tensors with any strides (in elements) but a contiguous D.
 struct AttentionTensor {
   void* data;
@@ -238,6 +272,9 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackwardArgs&, int threads);
   void (*cross_entropy)(const CrossEntropyArgs&, int threads);
   void (*cross_entropy_backward)(const CrossEntropyBackwardArgs&, int threads);
+  void (*dropout)(const DropoutArgs&, int threads);
+  void (*embedding)(const EmbeddingArgs&, int threads);
+  void (*embedding_backward)(const EmbeddingBackwardArgs&, int threads);
   void (*attention)(const AttentionArgs&, int threads);
   void (*attention_backward)(const AttentionBackwardArgs&, int threads);
   void (*rope)(const RopeArgs&, int threads);

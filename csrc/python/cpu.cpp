@@ -4,6 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -92,6 +96,16 @@ int64_t count_targets(Address target, int64_t rows, int64_t classes, int64_t ign
   return counted;
 }
 
+// Throws IndexError for an embedding's id outside [0, rows).
+void check_ids(bool wide, Address ids, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t id = wide ? at<const int64_t>(ids)[i] : at<const int32_t>(ids)[i];
+    if (id < 0 || id >= rows) {
+      throw std::out_of_range("input_ids: got " + std::to_string(id) + ", expected 0 to " + std::to_string(rows - 1));
+    }
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -109,6 +123,19 @@ PYBIND11_MODULE(_cpu, m) {
     if (avx512_kernels() != nullptr) names.emplace_back("avx512");
     return names;
   });
+
+  m.def(
+      "advise_huge_pages",
+      [](Address address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+        const Address page = Address{1} << 21;
+        const Address begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+        if (begin < end) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+        (void)address, (void)bytes;
+#endif
+      },
+      "Asks the system to back memory with pages of 2 MB; nothing happens where it does not know them.");
 
   m.def(
       "activation",
@@ -300,6 +327,46 @@ PYBIND11_MODULE(_cpu, m) {
         kernels().cross_entropy_backward(args, threads);
       },
       Release());
+
+  m.def(
+      "dropout",
+      [](int x_dtype, int dtype, Address x, Address residual, Address y, int64_t n, uint64_t seed, uint32_t threshold,
+         float scale, int threads) {
+        DropoutArgs args{dtype_of(x_dtype),
+                         dtype_of(dtype),
+                         at<const void>(x),
+                         at<const void>(residual),
+                         at<void>(y),
+                         n,
+                         seed,
+                         threshold,
+                         scale};
+        kernels().dropout(args, threads);
+      },
+      Release());
+
+  m.def(
+      "embedding",
+      [](int dtype, bool wide_ids, Address ids, Address weight, Address y, int64_t count, int64_t rows, int64_t cols,
+         int threads) {
+        check_ids(wide_ids, ids, count, rows);
+        EmbeddingArgs args{dtype_of(dtype), wide_ids, at<const void>(ids), at<const void>(weight), at<void>(y),
+                           count,           cols};
+        kernels().embedding(args, threads);
+      },
+      Release(), "IndexError for an id out of range.");
+
+  m.def(
+      "embedding_backward",
+      [](int grad_dtype, int dtype, bool wide_ids, bool accumulate, Address ids, Address dy, Address dweight,
+         int64_t count, int64_t rows, int64_t cols, int64_t padding_idx, int threads) {
+        check_ids(wide_ids, ids, count, rows);
+        EmbeddingBackwardArgs args{dtype_of(grad_dtype), dtype_of(dtype),   wide_ids, accumulate, at<const void>(ids),
+                                   at<const void>(dy),   at<void>(dweight), count,    rows,       cols,
+                                   padding_idx};
+        kernels().embedding_backward(args, threads);
+      },
+      Release(), "IndexError for an id out of range.");
 
   m.def(
       "attention",

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from fastgpt import ops
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.init import init_weights
-from fastgpt.nn import MLP, CausalSelfAttention, LayerCache, LayerNorm
+from fastgpt.nn import MLP, CausalSelfAttention, Embedding, LayerCache, LayerNorm
 from fastgpt.ops.transformer_block import covers
 
 
@@ -110,7 +110,7 @@ class GPT(torch.nn.Module):
         self.config = config
         # Made without memory, then allocated once: torch's own starting weights would be drawn only to be overwritten.
         with torch.device("meta"):
-            self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+            self.wte = Embedding(config.vocab_size, config.n_embd)
             self.wpe = torch.nn.Embedding(config.block_size, config.n_embd)
             self.h = torch.nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
@@ -159,8 +159,7 @@ class GPT(torch.nn.Module):
             raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted: that of idx, {tuple(idx.shape)}")
 
         x = self.wte(idx) + self.wpe.weight[start : start + T]  # (B, T, C) + (T, C)
-        if self.config.dropout and self.training:
-            x = F.dropout(x, self.config.dropout)
+        x = ops.dropout(x, self.config.dropout, self.training)
         if cache is None:
             for block in self.h:
                 x = block(x)  # (B, T, C)

@@ -10,7 +10,19 @@ Importing this package changes nothing in torch.
 
 from fastgpt.nn.attention import CausalSelfAttention, LayerCache
 from fastgpt.nn.mlp import ACTIVATIONS, MLP
-from fastgpt.nn.modules import GELU, CrossEntropyLoss, LayerNorm, ReLU, RMSNorm, Sigmoid, SiLU, Softmax, Tanh
+from fastgpt.nn.modules import (
+    GELU,
+    CrossEntropyLoss,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    ReLU,
+    RMSNorm,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Tanh,
+)
 from fastgpt.nn.swiglu import SwiGLU
 
 __all__ = [
@@ -19,6 +31,8 @@ __all__ = [
     "MLP",
     "CausalSelfAttention",
     "CrossEntropyLoss",
+    "Dropout",
+    "Embedding",
     "LayerCache",
     "LayerNorm",
     "RMSNorm",

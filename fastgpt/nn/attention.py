@@ -11,7 +11,6 @@ only.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from fastgpt import ops
 
@@ -84,7 +83,7 @@ class CausalSelfAttention(torch.nn.Module):
             k, v = cache.append(k, v)  # (B, H_kv, T_all, D)
         y = ops.attention(q, k, v, is_causal=True)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return F.dropout(y, self.dropout) if self.dropout and self.training else y
+        return ops.dropout(y, self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"n_head={self.heads[0]}, n_kv_head={self.heads[1]}, head_dim={self.head_dim}, dropout={self.dropout}"

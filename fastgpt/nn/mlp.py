@@ -8,7 +8,6 @@ ACTIVATIONS names what can stand between the two projections: relu, sigmoid, tan
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from fastgpt import ops
 
@@ -69,7 +68,7 @@ class MLP(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.c_proj(self.act(self.c_fc(x)))  # (..., C) -> (..., 4C) -> (..., C)
-        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+        return ops.dropout(x, self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"

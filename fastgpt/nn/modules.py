@@ -1,12 +1,13 @@
-"""Drop-in forms of torch.nn's LayerNorm, RMSNorm, Softmax, ReLU, Sigmoid, Tanh, GELU, SiLU and CrossEntropyLoss, computed by
-fastgpt.ops.
+"""Drop-in forms of torch.nn's LayerNorm, RMSNorm, Softmax, ReLU, Sigmoid, Tanh, GELU, SiLU, Dropout, Embedding and CrossEntropyLoss,
+computed by fastgpt.ops.
 
 Each class derives from torch's class of the same name: constructor arguments, parameters, state_dict keys and repr are
 torch's own, an `isinstance` check against torch.nn still holds, and a state_dict moves either way. Only `forward`
 differs.
 
 What the ops do not do goes to torch's own forward, and says so once a process through the logger "fastgpt":
-    ReLU(inplace=True), SiLU(inplace=True)                  torch's in-place kernel
+    ReLU(inplace=True), SiLU(inplace=True), Dropout(inplace=True)  torch's in-place kernel
+    Embedding with max_norm, scale_grad_by_freq or sparse
     CrossEntropyLoss with class weights or with class probabilities as the target
 
 Softmax needs its `dim`: torch guesses one where it is None, and deprecates that.
@@ -14,6 +15,7 @@ Softmax needs its `dim`: torch guesses one where it is None, and deprecates that
 
 import functools
 import logging
+from typing import Any
 
 import torch
 
@@ -151,6 +153,50 @@ class SiLU(torch.nn.SiLU):
             _log_fallback("SiLU(inplace=True)")
             return super().forward(input)
         return ops.silu(input)
+
+
+class Dropout(torch.nn.Dropout):
+    """torch.nn.Dropout(p=0.5, inplace=False) on `ops.dropout`; any shape, the input's dtype. Masks follow torch.manual_seed.
+
+    Example:
+        >>> Dropout(0.5).eval()(torch.tensor([1.0]))
+        tensor([1.])
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.inplace:
+            _log_fallback("Dropout(inplace=True)")
+            return super().forward(input)
+        return ops.dropout(input, self.p, self.training)
+
+
+class Embedding(torch.nn.Embedding):
+    """torch.nn.Embedding(num_embeddings, embedding_dim, padding_idx=None, ...) on `ops.embedding`.
+
+    Args:
+        accumulate_grad: keyword only, and not torch's: add gradients straight into `weight.grad` where there is one; what that
+            excludes stands in `ops.embedding`. An attribute of the module, too.
+
+    Args of forward:
+        input: ids of any shape, int64 or int32.
+
+    Returns:
+        A tensor (*input.shape, embedding_dim) in the weight's dtype.
+
+    Example:
+        >>> Embedding(5, 2)(torch.tensor([[1, 3, 3]])).shape
+        torch.Size([1, 3, 2])
+    """
+
+    def __init__(self, *args: Any, accumulate_grad: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.accumulate_grad = accumulate_grad
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
+            _log_fallback("Embedding with max_norm, scale_grad_by_freq or sparse")
+            return super().forward(input)
+        return ops.embedding(input, self.weight, self.padding_idx, accumulate_grad=self.accumulate_grad)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

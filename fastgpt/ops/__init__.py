@@ -14,6 +14,8 @@ from fastgpt.ops.add_norm import add_layer_norm, add_rms_norm
 from fastgpt.ops.attention import attention
 from fastgpt.ops.backend import get_backend, set_backend, use_backend
 from fastgpt.ops.cross_entropy import cross_entropy
+from fastgpt.ops.dropout import dropout, dropout_add
+from fastgpt.ops.embedding import embedding
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
@@ -29,6 +31,9 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "dropout",
+    "dropout_add",
+    "embedding",
     "geglu",
     "gelu",
     "get_backend",

@@ -6,7 +6,7 @@ functions: the reduced dimension is last, defaults are filled in.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -310,6 +310,60 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) 
     parts = a * c - b * s, b * c + a * s
     turned = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
     return torch.cat([turned, rest], -1).to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# ---- dropout, with the random numbers of Philox4x32-10 (Salmon et al., SC11, table 2 and section 4.3)
+
+
+def philox(counter: Tensor, seed: Tensor) -> Tensor:
+    """(..., 4) words in [0, 2^32) as int64, of int64 counters (their upper 64 bits 0) and a scalar int64 key."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter & low, (counter >> 32) & low, torch.zeros_like(counter), torch.zeros_like(counter)
+    key0, key1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64, which is all that is read of them
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & low) ^ c1 ^ key0,
+            product1 & low,
+            ((product0 >> 32) & low) ^ c3 ^ key1,
+            product0 & low,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def dropout_mask(shape: Sequence[int], seed: Tensor, p: float) -> Tensor:
+    """True where an element is kept: word i % 4 of philox(i // 4, seed) is at least p 2^32."""
+    count = math.prod(shape)
+    words = philox(torch.arange((count + 3) // 4, device=seed.device), seed).flatten()[:count]
+    return (words >= min(round(p * 2**32), 2**32 - 1)).view(shape)
+
+
+def dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
+    """x mask / (1 - p), and the residual; arXiv 1207.0580 with the scale in training."""
+    factor = 1 / (1 - p) if p < 1 else 0.0
+    y = _wide(x) * (dropout_mask(x.shape, seed, p) * factor if p < 1 else 0.0)
+    return y.to(x.dtype) if residual is None else (y + _wide(residual)).to(residual.dtype)
+
+
+# ---- embedding
+
+
+def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
+    return weight[input_ids.long()]
+
+
+def embedding_backward(grad: Tensor, input_ids: Tensor, rows: int, padding_idx: int) -> Tensor:
+    dweight = _wide(grad).new_zeros(rows, grad.shape[-1])
+    embedding_accumulate(dweight, _wide(grad), input_ids, padding_idx)
+    return dweight.to(grad.dtype)
+
+
+def embedding_accumulate(into: Tensor, grad: Tensor, input_ids: Tensor, padding_idx: int) -> None:
+    """Adds each position's gradient to its id's row, in place."""
+    ids = input_ids.reshape(-1).long()
+    rows = grad.reshape(-1, grad.shape[-1]).to(into.dtype)
+    into.index_add_(0, ids, torch.where((ids != padding_idx)[:, None], rows, 0.0))
 
 
 # ---- attention
