@@ -1,8 +1,9 @@
 """embedding of 8192 ids in GPT-2's vocabulary (50257 rows of 768) and of 768 in a character model's (65 rows of 128).
 
-Bytes: forward reads and writes a row an id; the backward into a gradient that is there reads a row an id and reads and writes the rows
-that occur; the backward into a fresh gradient writes the whole matrix. "into .grad" calls `backward` where a gradient is in place: torch
-makes a whole matrix and adds it, fastgpt (accumulate_grad) adds the rows. Gradients grow from call to call there; the first is compared.
+Bytes: forward reads and writes a row an id; the backward into a gradient that is there reads a row an id and reads and writes the
+rows that occur; the backward into a fresh gradient writes the whole matrix. "into .grad" calls `backward` where a gradient is in
+place: torch makes a whole matrix and adds it, fastgpt (accumulate_grad) adds the rows. Gradients grow from call to call there; the
+first is compared.
 """
 
 import torch
