@@ -1,8 +1,8 @@
-"""Clipping and one AdamW update of all parameters of a model, against clip_grad_norm_ and torch's fused AdamW.
+"""Clipping and one AdamW update of all parameters of a model, against clip_grad_norm_ and torch's fused AdamW; and with zeroing.
 
-The tensors have the shapes of a GPT's parameters: nanoGPT's CPU run, and GPT-2 124M. Bytes: 8 passes over float32. The gradients are
-read for their norm; the update reads parameters, gradients and both moments and writes all but the gradients. torch's clipping also
-writes the gradients, and reads them for it once more.
+The tensors have the shapes of a GPT's parameters: nanoGPT's CPU run, and GPT-2 124M. Bytes: 8 passes over float32, 9 with zeroing. The
+gradients are read for their norm; the update reads parameters, gradients and both moments and writes all but the gradients, which it
+zeroes where asked. torch's clipping also writes the gradients, and reads them for it once more.
 """
 
 import torch
@@ -72,6 +72,27 @@ def bench_adamw(compare: Compare, size: tuple[int, int, int, int]) -> None:
         "clip and update", shape=size, dtype="fp32", label=f"{layers} layers, {width} wide:",
         bytes_moved=8 * 4 * sum(p.numel() for p in start), output="preallocated", expected=expected, pick=pick,
         variants=[ours(our_step), Variant("torch fused", torch_step)],
+    )  # fmt: skip
+
+    def our_zeroing_step() -> nn.ParameterList:
+        our_optimizer.step(grad_scale=clip_scale(our_optimizer.grad_norm(), CLIP), zero_grads=True)
+        return our_params
+
+    def torch_zeroing_step() -> nn.ParameterList:
+        torch_step()
+        torch_optimizer.zero_grad(set_to_none=False)
+        return torch_params
+
+    def left(params: nn.ParameterList) -> tuple[Tensor, ...]:
+        return (flat([params[i].grad for i in checked]).double(),)
+
+    # Both steps move the same bytes whatever the gradients are, so zeros serve as well from the second call on.
+    compare(
+        "clip, update and zero", shape=size, dtype="fp32", label=f"{layers} layers, {width} wide:",
+        bytes_moved=9 * 4 * sum(p.numel() for p in start), output="preallocated",
+        expected=lambda: (torch.zeros(sum(start[i].numel() for i in checked), dtype=torch.float64),),
+        pick=left,
+        variants=[ours(our_zeroing_step), Variant("torch fused", torch_zeroing_step)],
     )  # fmt: skip
 
 

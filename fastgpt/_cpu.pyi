@@ -331,6 +331,7 @@ def adamw(
     grads: Sequence[int],
     exp_avgs: Sequence[int],
     exp_avg_sqs: Sequence[int],
+    shadows: Sequence[int],
     sizes: Sequence[int],
     weight_decays: Sequence[float],
     lr: float,
@@ -339,6 +340,7 @@ def adamw(
     eps: float,
     grad_scale: float,
     step: int,
+    zero_grads: bool,
     threads: int,
     /,
 ) -> None: ...

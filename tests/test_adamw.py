@@ -6,6 +6,7 @@ from parity import assert_parity, random
 from torch.library import opcheck
 
 from fastgpt import ops
+from fastgpt.train.optimizer import AdamW
 
 SHAPES = [(1,), (3, 5), (16,), (40, 33), (2, 16384), (70000,)]
 
@@ -82,7 +83,14 @@ def test_opcheck():
     opcheck(torch.ops.fastgpt.grad_norm.default, (tensors(0)[:3],))
     lists = [tensors(10 * i)[:3] for i in range(3)]
     squares = [x.square() for x in tensors(40)[:3]]
-    opcheck(torch.ops.fastgpt.adamw.default, (*lists, squares, [0.1, 0.0, 0.2], 1e-3, 0.9, 0.99, 1e-8, 0.5, 3))
+    opcheck(
+        torch.ops.fastgpt.adamw.default, (*lists, squares, [0.1, 0.0, 0.2], 1e-3, 0.9, 0.99, 1e-8, 0.5, 3, [], False)
+    )
+    shadows = [x.bfloat16() for x in lists[0]]
+    opcheck(
+        torch.ops.fastgpt.adamw.default,
+        (*lists, squares, [0.1, 0.0, 0.2], 1e-3, 0.9, 0.99, 1e-8, 0.5, 3, shadows, True),
+    )
 
 
 def test_strided_and_half_parameters_go_to_the_formula():
@@ -92,6 +100,45 @@ def test_strided_and_half_parameters_go_to_the_formula():
         before = p.clone()
         ops.adamw([p], [g], [m], [v], step=1, lr=0.1)
         assert ((p - before).abs() > 0.05).all()  # the first step of Adam is lr * sign(g), less the decay
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+@pytest.mark.parametrize("shadowed", [False, True])
+def test_shadows_and_zeroed_gradients(isa, shadowed, zero_grads):
+    """They change nothing else, to the bit; the shadows are the new parameters, rounded."""
+
+    def run(**options):
+        state = [tensors(0), tensors(100), [torch.zeros_like(p) for p in tensors(0)], [x.square() for x in tensors(7)]]
+        ops.adamw(*state, step=2, lr=0.1, weight_decay=0.1, grad_scale=0.5, **options)
+        return state
+
+    plain = run()
+    shadows = [torch.full_like(p, 7.0, dtype=torch.bfloat16) for p in plain[0]] if shadowed else []
+    params, grads, *moments = run(shadows=shadows, zero_grads=zero_grads)
+    torch.testing.assert_close([params, *moments], [plain[0], *plain[2:]], rtol=0, atol=0)
+    expected = [torch.zeros_like(g) for g in grads] if zero_grads else tensors(100)
+    torch.testing.assert_close(grads, expected, rtol=0, atol=0)
+    torch.testing.assert_close(shadows, [p.bfloat16() for p in params] if shadowed else [], rtol=0, atol=0)
+
+
+def test_zeroed_gradients_are_seen_by_autograd():
+    g = random(4, seed=1).requires_grad_()
+    y = g.square().sum()
+    ops.adamw([random(4)], [g], [torch.zeros(4)], [torch.zeros(4)], step=1, lr=0.1, zero_grads=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_the_optimizer_keeps_its_shadows():
+    model = torch.nn.Linear(5, 3)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    shadow = optimizer.shadow(model.weight)
+    for _ in range(2):
+        model(random(2, 5)).sum().backward()
+        optimizer.step(zero_grads=True)
+        assert optimizer.shadow(model.weight) is shadow
+        assert torch.equal(shadow, model.weight.detach().bfloat16())
+        assert all((p.grad == 0).all() for p in model.parameters())
 
 
 def test_an_update_is_seen_by_autograd():
@@ -108,6 +155,8 @@ def test_bad_input():
         ops.adamw([x], [], [x], [x], step=1, lr=0.1)
     with pytest.raises(ValueError, match="shapes differ"):
         ops.adamw([x], [random(5)], [x], [x], step=1, lr=0.1)
+    with pytest.raises(ValueError, match="shadows has length 2, expected 0 or that of params, 1"):
+        ops.adamw([x], [x], [x], [x], step=1, lr=0.1, shadows=[x, x])
     with pytest.raises(ValueError, match="step is 0"):
         ops.adamw([x], [x], [x], [x], step=0, lr=0.1)
     with pytest.raises(ValueError, match="grads is empty"):

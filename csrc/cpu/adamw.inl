@@ -6,6 +6,8 @@
 //   m = m + (1 - beta1) (g - m),  v = beta2 v + (1 - beta2) g^2
 //   p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
+// On the way it can write p rounded to bf16 and set the gradients to zero: their lines are in the cache already.
+//
 // Work is cut into blocks of elements that do not depend on the number of threads; the norm's blocks are summed in
 // order.
 
@@ -77,6 +79,7 @@ void adamw(const AdamWArgs& a, int threads) {
       [&](int64_t tensor, int64_t begin, int64_t end, int64_t) {
         const AdamWTensor& t = a.tensors[tensor];
         const float decay = static_cast<float>(1.0 - a.lr * t.weight_decay);
+        BFloat16* shadow = static_cast<BFloat16*>(t.shadow);
         for (int64_t i = begin; i < end; i += kLanes) {
           const int n = static_cast<int>(std::min<int64_t>(kLanes, end - i));
           Vec g = load_part(t.grad + i, n) * a.grad_scale;
@@ -88,6 +91,8 @@ void adamw(const AdamWArgs& a, int threads) {
           store_part(t.exp_avg + i, m, n);
           store_part(t.exp_avg_sq + i, v, n);
           store_part(t.param + i, p, n);
+          if (shadow != nullptr) store_part(shadow + i, p, n);
+          if (a.zero_grads) store_part(t.grad + i, Vec{}, n);
         }
       });
 }

@@ -239,9 +239,10 @@ struct LinearBackwardWeightArgs {
 
 struct AdamWTensor {
   float* param;
-  const float* grad;
+  float* grad;  // written with zero_grads only
   float* exp_avg;
   float* exp_avg_sq;
+  void* shadow;  // the new parameter in bf16, or nullptr
   int64_t size;
   double weight_decay;
 };
@@ -254,6 +255,7 @@ struct AdamWArgs {
   float eps;
   float grad_scale;  // multiplies every gradient
   int64_t step;      // 1 for the first
+  bool zero_grads;
 };
 
 struct Kernels {

@@ -523,20 +523,21 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("adamw", [](const std::vector<Address>& params, const std::vector<Address>& grads,
                     const std::vector<Address>& exp_avgs, const std::vector<Address>& exp_avg_sqs,
-                    const std::vector<int64_t>& sizes, const std::vector<double>& weight_decays, double lr,
-                    double beta1, double beta2, float eps, float grad_scale, int64_t step, int threads) {
+                    const std::vector<Address>& shadows, const std::vector<int64_t>& sizes,
+                    const std::vector<double>& weight_decays, double lr, double beta1, double beta2, float eps,
+                    float grad_scale, int64_t step, bool zero_grads, int threads) {
     const size_t count = params.size();
     if (grads.size() != count || exp_avgs.size() != count || exp_avg_sqs.size() != count || sizes.size() != count ||
-        weight_decays.size() != count) {
+        weight_decays.size() != count || (!shadows.empty() && shadows.size() != count)) {
       throw py::value_error("the lists differ in length");
     }
     std::vector<AdamWTensor> tensors;
     for (size_t i = 0; i < count; ++i) {
-      tensors.push_back({at<float>(params[i]), at<const float>(grads[i]), at<float>(exp_avgs[i]),
-                         at<float>(exp_avg_sqs[i]), sizes[i], weight_decays[i]});
+      tensors.push_back({at<float>(params[i]), at<float>(grads[i]), at<float>(exp_avgs[i]), at<float>(exp_avg_sqs[i]),
+                         at<void>(shadows.empty() ? 0 : shadows[i]), sizes[i], weight_decays[i]});
     }
     py::gil_scoped_release release;
-    AdamWArgs args{tensors.data(), static_cast<int64_t>(count), lr, beta1, beta2, eps, grad_scale, step};
+    AdamWArgs args{tensors.data(), static_cast<int64_t>(count), lr, beta1, beta2, eps, grad_scale, step, zero_grads};
     kernels().adamw(args, threads);
   });
 }

@@ -12,10 +12,10 @@ from fastgpt.ops import reference
 from fastgpt.ops.backend import NotCovered, define
 
 
-def _check(tensors: Sequence[Tensor]) -> None:
+def _check(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
     for x in tensors:
-        if x.dtype != torch.float32:
-            raise NotCovered(f"dtype {x.dtype}; covered is float32")
+        if x.dtype != dtype:
+            raise NotCovered(f"dtype {x.dtype}; covered is {dtype}")
         if not x.is_contiguous():
             raise NotCovered("strides; covered are contiguous tensors")
 
@@ -40,15 +40,21 @@ def _cpu(
     eps: float,
     grad_scale: float,
     step: int,
+    shadows: list[Tensor],
+    zero_grads: bool,
 ) -> None:
     from fastgpt.ops import cpu
 
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     for tensors in lists:
         _check(tensors)
+    _check(shadows, torch.bfloat16)
     p, g, m, v = ([x.data_ptr() for x in tensors] for tensors in lists)
     sizes = [x.numel() for x in params]
-    cpu.kernels.adamw(p, g, m, v, sizes, weight_decays, lr, beta1, beta2, eps, grad_scale, step, cpu.threads())
+    cpu.kernels.adamw(
+        p, g, m, v, [x.data_ptr() for x in shadows], sizes, weight_decays, lr, beta1, beta2, eps, grad_scale, step,
+        zero_grads, cpu.threads(),
+    )  # fmt: skip
 
 
 _grad_norm = define(
@@ -58,8 +64,9 @@ _grad_norm = define(
     cpu=_cpu_norm,
 )
 _adamw = define(
-    "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float[] weight_decays, float lr,"
-    " float beta1, float beta2, float eps, float grad_scale, int step) -> ()",
+    "adamw(Tensor(a!)[] params, Tensor(d!)[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float[] weight_decays, float lr,"
+    " float beta1, float beta2, float eps, float grad_scale, int step, Tensor(e!)[] shadows,"
+    " bool zero_grads) -> ()",
     fake=lambda *_: None,
     reference=reference.adamw,
     cpu=_cpu,
@@ -90,6 +97,8 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float | Sequence[float] = 0.01,
     grad_scale: float = 1.0,
+    shadows: Sequence[Tensor] = (),
+    zero_grads: bool = False,
 ) -> None:
     """One AdamW update (arXiv 1711.05101, algorithm 2) of parameters and moments in place, in one pass over memory.
 
@@ -99,6 +108,10 @@ def adamw(
         lr, betas, eps: as in torch.optim.AdamW.
         weight_decay: decoupled decay, one for all or one a parameter.
         grad_scale: multiplies every gradient first; clipping passes min(1, max_norm / norm).
+        shadows: none, or a copy of every parameter in another dtype (fastest: contiguous bfloat16) that gets the new values, rounded:
+            the weights that a half-type product reads, without a cast.
+        zero_grads: set the gradients to zero after their use. The pass has them in the cache; a fill of their own costs as much as
+            reading them twice.
 
     Raises:
         ValueError: lists of different lengths, tensors of different shapes, a step below 1.
@@ -109,10 +122,13 @@ def adamw(
         raise ValueError(
             f"adamw: got lists of {[len(tensors) for tensors in (*lists, decays)]}, expected one length above 0"
         )
-    for tensors in zip(*lists, strict=True):
+    if shadows and len(shadows) != len(params):
+        raise ValueError(f"adamw: shadows has length {len(shadows)}, expected 0 or that of params, {len(params)}")
+    for tensors in zip(*lists, *([shadows] if shadows else []), strict=True):
         if any(x.shape != tensors[0].shape for x in tensors):
             raise ValueError(f"adamw: shapes differ: {[tuple(x.shape) for x in tensors]}")
     if step < 1:
         raise ValueError(f"adamw: step is {step}, expected 1 or more")
-    _adamw(*(list(tensors) for tensors in lists), decays, lr, *betas, eps, grad_scale, step)
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
+    _adamw(*(list(tensors) for tensors in lists), decays, lr, *betas, eps, grad_scale, step, list(shadows), zero_grads)
+    changed = [*params, *exp_avgs, *exp_avg_sqs, *shadows, *(grads if zero_grads else ())]
+    torch.autograd.graph.increment_version(changed)

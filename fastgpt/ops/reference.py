@@ -655,6 +655,8 @@ def adamw(
     eps: float,
     grad_scale: float,
     step: int,
+    shadows: Sequence[Tensor] = (),
+    zero_grads: bool = False,
 ) -> None:
     """One update of all parameters and both moments in place; `step` is 1 for the first."""
     for p, grad, m, v, decay in zip(params, grads, exp_avgs, exp_avg_sqs, weight_decays, strict=True):
@@ -663,3 +665,8 @@ def adamw(
         m.add_((g - m) * (1 - beta1))
         v.mul_(beta2).add_((1 - beta2) * g * g)
         p.sub_(lr / (1 - beta1**step) * m / (v.sqrt() / math.sqrt(1 - beta2**step) + eps))
+    for shadow, p in zip(shadows, params, strict=False):
+        shadow.copy_(p)
+    if zero_grads:
+        for grad in grads:
+            grad.zero_()

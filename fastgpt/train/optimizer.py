@@ -41,6 +41,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "steps": 0})
+        self.shadows: dict[Tensor, Tensor] = {}  # parameter -> its copy in bfloat16, if it has one
 
     @property
     def steps(self) -> int:
@@ -60,37 +61,60 @@ class AdamW(torch.optim.Optimizer):
                 state[key] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         return state
 
+    def shadow(self, parameter: Tensor) -> Tensor:
+        """A bfloat16 copy of a parameter, the same one at each call, that every later step writes in the update's own pass.
+
+        Whatever else changes the parameter (loading one) must copy it over.
+        """
+        if parameter not in self.shadows:
+            self.shadows[parameter] = parameter.detach().to(torch.bfloat16, memory_format=torch.contiguous_format)
+        return self.shadows[parameter]
+
     def grad_norm(self) -> float:
         """The Euclidean norm of all gradients together."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return ops.grad_norm(gradients).item() if gradients else 0.0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
-        """One update of every parameter that has a gradient, the gradients multiplied by `grad_scale`."""
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0, zero_grads: bool = False
+    ) -> Any:
+        """One update of every parameter that has a gradient, the gradients multiplied by `grad_scale`.
+
+        `zero_grads` sets them to zero in the same pass, for backward passes that add to them. Where the next backward pass may write
+        them anew, `zero_grad(set_to_none=True)` is cheaper.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             group["steps"] += 1
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            moments = [self.moments(p) for p in params]
-            ops.adamw(
-                params,
-                [p.grad for p in params],
-                [moment["exp_avg"] for moment in moments],
-                [moment["exp_avg_sq"] for moment in moments],
-                step=group["steps"],
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                grad_scale=grad_scale,
-            )
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            for params, shadows in self._by_shadow(with_gradient):
+                moments = [self.moments(p) for p in params]
+                ops.adamw(
+                    params,
+                    [p.grad for p in params if p.grad is not None],
+                    [moment["exp_avg"] for moment in moments],
+                    [moment["exp_avg_sq"] for moment in moments],
+                    step=group["steps"],
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    grad_scale=grad_scale,
+                    shadows=shadows,
+                    zero_grads=zero_grads,
+                )
         return loss
+
+    def _by_shadow(self, params: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """The parameters without a shadow, and those with one beside their shadows; empty lists left out."""
+        without = [p for p in params if p not in self.shadows]
+        shadowed = [p for p in params if p in self.shadows]
+        calls = [(without, []), (shadowed, [self.shadows[p] for p in shadowed])]
+        return [call for call in calls if call[0]]
 
 
 def build_optimizer(
