@@ -9,13 +9,16 @@
 #include <system_error>
 #include <thread>
 
-#include "bpe/word_cache.h"
+#include "bpe/pages.h"
 
 namespace fastgpt::bpe {
 namespace {
 
 constexpr size_t kBatchSpans = 512;  // pre-tokens found before their ids are looked up
+constexpr size_t kGroup =
+    48;  // pre-tokens whose cache lines are fetched at once: they must stay in the first-level cache
 constexpr size_t kCopyBytes = 4096;  // texts up to this are copied to where all of their bytes can be read in place
+constexpr size_t kBytesPerId = 3;    // room to begin with; English and code have more bytes an id
 constexpr size_t kThreadBytes = size_t{1} << 20;                       // text that is worth handing to another thread
 constexpr size_t kKeptBytes = size_t{4} << 20;                         // scratch memory above this is given back
 constexpr size_t kRoom = WordCache::kReadable + Vocabulary::kPadding;  // readable after a pre-token taken in place
@@ -35,6 +38,7 @@ void IdBuffer::reserve_more(size_t more) {
   if (!memory) throw std::bad_alloc();
   data_ = static_cast<uint32_t*>(memory);
   capacity_ = wanted;
+  wish_large_pages(data_ + size_, (capacity_ - size_) * sizeof(uint32_t));
 }
 
 void IdBuffer::shrink() {
@@ -57,7 +61,7 @@ struct Encoder::Worker {
   WordCache cache;
   MergeScratch scratch;
   uint32_t ends[kBatchSpans];
-  WordCache::Probe probes[kBatchSpans];
+  WordCache::Probe probes[kGroup];
   uint8_t text[kCopyBytes + kRoom] = {};
 };
 
@@ -114,7 +118,16 @@ size_t Encoder::merge_word(Worker& worker, const uint8_t* padded, size_t n, uint
   return merge_piece(vocabulary_, padded, n, out, worker.scratch);
 }
 
-// The same for more than WordCache::kMaxBytes bytes, remembered.
+// The same for up to WordCache::kMaxBytes bytes, remembered.
+[[gnu::noinline]] size_t Encoder::find_or_merge(Worker& worker, const WordCache::Probe& probe, const uint8_t* p,
+                                                size_t n, uint32_t* out) const {
+  if (const size_t count = worker.cache.find(probe, p, n, out)) return count;
+  const size_t count = merge_word(worker, p, n, out);
+  worker.cache.insert(probe, p, n, out, count);
+  return count;
+}
+
+// The same for more than WordCache::kMaxBytes bytes.
 size_t Encoder::merge_long_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const {
   if (n > WordCache::kMaxFarBytes) return merge_word(worker, padded, n, out);
   if (const size_t count = worker.cache.find_far(padded, n, out)) return count;
@@ -135,12 +148,7 @@ size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, si
       p = copy;
     }
     const WordCache::Probe probe = worker.cache.probe(p, n);
-    size_t count = worker.cache.find(probe, p, n, out);
-    if (!count) {
-      count = merge_word(worker, p, n, out);
-      worker.cache.insert(probe, p, n, out, count);
-    }
-    return count;
+    return find_or_merge(worker, probe, p, n, out);
   }
   if (size - end >= Vocabulary::kPadding) return merge_long_word(worker, p, n, out);
   worker.scratch.padded.assign(n + Vocabulary::kPadding, 0);
@@ -157,23 +165,28 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t read
   // How many can be read and merged in place.
   size_t inside = spans;
   while (inside && worker.ends[inside - 1] + kRoom > readable) --inside;
-  size_t from = begin;
-  for (size_t i = 0; i < inside; from = worker.ends[i++]) {
-    const size_t n = worker.ends[i] - from;
-    if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) worker.probes[i] = worker.cache.probe(text + from, n);
-  }
-  for (size_t i = 0; i < inside; begin = worker.ends[i++]) {
-    const uint8_t* const p = text + begin;
-    const size_t n = worker.ends[i] - begin;
-    if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) {
-      size_t count = worker.cache.find(worker.probes[i], p, n, out);
-      if (__builtin_expect(!count, 0)) {
-        count = merge_word(worker, p, n, out);
-        worker.cache.insert(worker.probes[i], p, n, out, count);
+  for (size_t group = 0; group < inside; group += kGroup) {
+    const size_t group_end = std::min(group + kGroup, inside);
+    size_t from = begin;
+    for (size_t i = group; i < group_end; from = worker.ends[i++]) {
+      const size_t n = worker.ends[i] - from;
+      if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) {
+        worker.probes[i - group] = worker.cache.probe(text + from, n);
       }
-      out += count;
-    } else {
-      out += merge_long_word(worker, p, n, out);
+    }
+    for (size_t i = group; i < group_end; begin = worker.ends[i++]) {
+      const uint8_t* const p = text + begin;
+      const size_t n = worker.ends[i] - begin;
+      const WordCache::Probe& probe = worker.probes[i - group];
+      if (__builtin_expect(n <= 15, 1)) {
+        size_t count = WordCache::find_quick(probe, n, out);
+        if (__builtin_expect(!count, 0)) count = find_or_merge(worker, probe, p, n, out);
+        out += count;
+      } else if (n <= WordCache::kMaxBytes) {
+        out += find_or_merge(worker, probe, p, n, out);
+      } else {
+        out += merge_long_word(worker, p, n, out);
+      }
     }
   }
   for (size_t i = inside; i < spans; begin = worker.ends[i++]) {
@@ -294,6 +307,7 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t th
   ends.reserve(texts.size());
   size_t total = 0;
   for (const auto& text : texts) total += text.size();
+  if (total >= kThreadBytes) out.reserve_more(total / kBytesPerId);
   threads = std::min(threads, total / kThreadBytes + 1);
   if (threads <= 1) {
     for (const auto& text : texts) {

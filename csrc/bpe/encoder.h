@@ -1,7 +1,7 @@
 // From text to ids: pre-token, cache, merge.
 //
 // Most pre-tokens of a text have been seen before, so each worker holds a cache of whole pre-tokens with their ids
-// (word_cache.h: at most 21 MiB, taken as it fills). What is not there is looked up whole in the vocabulary and else
+// (word_cache.h: at most 42 MiB, taken as it fills). What is not there is looked up whole in the vocabulary and else
 // merged.
 //
 // Thread safety: const methods may be called from any number of threads. A call borrows a worker from a fixed array by
@@ -21,10 +21,9 @@
 #include "bpe/merge.h"
 #include "bpe/scanner.h"
 #include "bpe/vocabulary.h"
+#include "bpe/word_cache.h"
 
 namespace fastgpt::bpe {
-
-class WordCache;
 
 // Ids in memory from malloc, grown without being initialised: pages that are never written cost nothing.
 class IdBuffer {
@@ -103,6 +102,7 @@ class Encoder {
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
   uint32_t* encode_words(Worker& worker, const uint8_t* text, size_t readable, size_t begin, size_t spans,
                          uint32_t* out) const;
+  size_t find_or_merge(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const;
   size_t merge_long_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
   size_t merge_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
 

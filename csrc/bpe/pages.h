@@ -11,6 +11,18 @@
 
 namespace fastgpt::bpe {
 
+inline constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
+
+// Asks for large pages for what of a block can have them: a wish; without it everything works the same. Filling 20 MB
+// of small pages takes as long as encoding 4 MB of text.
+inline void wish_large_pages(void* begin, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kLargePage - 1) & ~(kLargePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + bytes) & ~(kLargePage - 1);
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 template <class T>
 class Pages {
  public:
@@ -21,9 +33,7 @@ class Pages {
     if (mapped_ == MAP_FAILED) throw std::bad_alloc();
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(mapped_) + kLargePage - 1) & ~(kLargePage - 1);
     data_ = reinterpret_cast<T*>(begin);
-#ifdef MADV_HUGEPAGE
-    madvise(data_, size * sizeof(T), MADV_HUGEPAGE);  // a wish; without it the table works the same
-#endif
+    wish_large_pages(data_, (size * sizeof(T) + kLargePage - 1) & ~(kLargePage - 1));
   }
   ~Pages() { munmap(mapped_, mapped_bytes_); }
   Pages(const Pages&) = delete;
@@ -37,7 +47,6 @@ class Pages {
   }
 
  private:
-  static constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
   size_t size_, mapped_bytes_;
   void* mapped_;
   T* data_;
