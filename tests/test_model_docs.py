@@ -12,7 +12,7 @@ from fastgpt.tokenizer import CharTokenizer
 
 MODULES = (
     *("nn.modules", "nn.mlp", "nn.attention"),
-    *("model.config", "model.gpt", "model.init", "model.bigram", "model.weights"),
+    *("model.config", "model.gpt", "model.init", "model.bigram", "model.weights", "model.rope"),
     *("infer.sampling", "infer.cache", "infer.generate", "infer.run"),
 )
 

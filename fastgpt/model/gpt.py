@@ -1,21 +1,21 @@
-"""GPT: a decoder-only transformer with learned positions, norms before the blocks' halves, and a head tied to the token
-embedding.
+"""GPT: a decoder-only transformer with norms before the blocks' halves.
 
     x_0     = dropout(wte[idx] + wpe[position])
-    x'_l    = x_l  + attention(layer_norm(x_l))
-    x_{l+1} = x'_l + mlp(layer_norm(x'_l))
-    logits  = layer_norm(x_L) wte^T
+    x'_l    = x_l  + attention(norm(x_l))
+    x_{l+1} = x'_l + mlp(norm(x'_l))
+    logits  = norm(x_L) wte^T
 
-The architecture is GPT-2's (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners", 2.3). Keys and
-values may be shared between query heads (n_kv_head). Dropout acts on the embeddings and on the output of both halves of
-a block; there is none on the attention probabilities. The head has no weight of its own: it reads `wte.weight`, which a
-state_dict therefore holds once.
+By default the architecture is GPT-2's (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners", 2.3). The
+configuration turns it into Llama's (arXiv:2302.13971): RMS norms, rotary positions in the place of `wpe`, a gated MLP, no biases, a
+head of its own. Keys and values may be shared between query heads (n_kv_head). Dropout acts on the embeddings and on the output of
+both halves of a block; there is none on the attention probabilities. A tied head has no weight of its own: it reads `wte.weight`,
+which a state_dict therefore holds once.
 
-Not here: rotary or other relative positions, an untied head, gated feed-forward layers, mixtures of experts.
+Not here: relative position biases, sliding windows, mixtures of experts.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from fastgpt import ops
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.init import init_weights
-from fastgpt.nn import MLP, CausalSelfAttention, Embedding, LayerCache, LayerNorm
+from fastgpt.model.rope import rope_tables
+from fastgpt.nn import ACTIVATIONS, MLP, CausalSelfAttention, Embedding, LayerCache, LayerNorm, RMSNorm
 from fastgpt.ops.transformer_block import covers
 
 
@@ -45,24 +46,43 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def _norm(config: GPTConfig) -> LayerNorm | RMSNorm:
+    """One norm of the residual stream."""
+    if config.norm == "rms_norm":
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.has_bias("norm"))
+
+
 class Block(torch.nn.Module):
-    """One block: causal self-attention, then the MLP, each behind a layer norm and added to the residual stream.
+    """One block: causal self-attention, then the MLP, each behind a norm and added to the residual stream.
 
     Shapes: (B, T, C) to (B, T, C). Under autocast the residual stream keeps the parameters' dtype.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        C, bias, dropout = config.n_embd, config.bias, config.dropout
-        self.ln_1 = LayerNorm(C, bias=bias)
-        self.attn = CausalSelfAttention(C, config.n_head, n_kv_head=config.n_kv_head, bias=bias, dropout=dropout)
-        self.ln_2 = LayerNorm(C, bias=bias)
-        self.mlp = MLP(C, activation=config.activation, bias=bias, dropout=dropout)
+        C, dropout = config.n_embd, config.dropout
+        self.ln_1 = _norm(config)
+        self.attn = CausalSelfAttention(
+            C,
+            config.n_head,
+            n_kv_head=config.n_kv_head,
+            bias=config.bias,
+            qkv_bias=config.qkv_bias,
+            dropout=dropout,
+        )
+        self.ln_2 = _norm(config)
+        self.mlp = MLP(C, config.n_hidden, activation=config.activation, bias=config.has_bias("mlp"), dropout=dropout)
 
-    def forward(self, x: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
-        if cache is None and covers(x) and self._is_whole():
+    def forward(
+        self,
+        x: torch.Tensor,
+        cache: LayerCache | None = None,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if cache is None and rope is None and covers(x) and self._is_whole():
             return self._in_one_call(x)
-        x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), cache, rope)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
     def _is_whole(self) -> bool:
@@ -72,6 +92,7 @@ class Block(torch.nn.Module):
         if (
             type(attn) is not CausalSelfAttention
             or type(mlp) is not MLP
+            or mlp.activation not in ACTIVATIONS
             or (self.training and (attn.dropout or mlp.dropout))
         ):
             return False
@@ -84,11 +105,12 @@ class Block(torch.nn.Module):
         )
 
     def _in_one_call(self, x: torch.Tensor) -> torch.Tensor:
-        parts = (self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+        ln_1, ln_2 = cast(LayerNorm, self.ln_1), cast(LayerNorm, self.ln_2)  # `_is_whole` has seen to it
+        parts = (ln_1, self.attn.c_attn, self.attn.c_proj, ln_2, self.mlp.c_fc, self.mlp.c_proj)
         params = [p for part in parts for p in (part.weight, part.bias)]
         heads, kv_heads, _ = self.attn.heads
         return ops.transformer_block(
-            x, params, n_head=heads, n_kv_head=kv_heads, activation=self.mlp.activation, eps=self.ln_1.eps
+            x, params, n_head=heads, n_kv_head=kv_heads, activation=self.mlp.activation, eps=ln_1.eps
         )
 
 
@@ -111,9 +133,14 @@ class GPT(torch.nn.Module):
         # Made without memory, then allocated once: torch's own starting weights would be drawn only to be overwritten.
         with torch.device("meta"):
             self.wte = Embedding(config.vocab_size, config.n_embd)
-            self.wpe = torch.nn.Embedding(config.block_size, config.n_embd)
+            if config.position == "learned":
+                self.wpe = torch.nn.Embedding(config.block_size, config.n_embd)
             self.h = torch.nn.ModuleList(Block(config) for _ in range(config.n_layer))
-            self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+            self.ln_f = _norm(config)
+            if not config.tied_head:
+                self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Constants and not buffers, so that `model.bfloat16()` does not round the angles.
+        self._rope = rope_tables(config) if config.position == "rope" else None
         if torch.get_default_device().type != "meta":
             self.to_empty(device=torch.get_default_device())
             init_weights(self, config.init)
@@ -158,24 +185,41 @@ class GPT(torch.nn.Module):
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted: that of idx, {tuple(idx.shape)}")
 
-        x = self.wte(idx) + self.wpe.weight[start : start + T]  # (B, T, C) + (T, C)
+        x = self.wte(idx)  # (B, T, C)
+        if self._rope is None:
+            x = x + self.wpe.weight[start : start + T]  # (B, T, C) + (T, C)
+        rope = self._turns(start, T)
         x = ops.dropout(x, self.config.dropout, self.training)
         if cache is None:
             for block in self.h:
-                x = block(x)  # (B, T, C)
+                x = block(x, None, rope)  # (B, T, C)
         else:
             for block, layer_cache in zip(self.h, cache.layers, strict=True):
-                x = block(x, layer_cache)  # (B, T, C)
+                x = block(x, layer_cache, rope)  # (B, T, C)
         if targets is None and not all_logits:
             x = x[:, -1:]  # (B, 1, C): the head is most of a small model's work
         x = self.ln_f(x)
         if targets is not None and not need_logits:
             rows = x.view(-1, x.shape[-1])
-            return None, ops.linear_cross_entropy(rows, self.wte.weight, targets.reshape(-1))
-        logits = F.linear(x, self.wte.weight)  # (B, T, V)
+            return None, ops.linear_cross_entropy(rows, self.head_weight, targets.reshape(-1))
+        logits = F.linear(x, self.head_weight)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+    def _turns(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(cos, sin) of positions start to start + length, (length, D / 2) each; None where positions are learned."""
+        if self._rope is None:
+            return None
+        if self._rope[0].device != self.device:
+            self._rope = (self._rope[0].to(self.device), self._rope[1].to(self.device))
+        cos, sin = self._rope
+        return cos[start : start + length], sin[start : start + length]
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The head's weight, (V, C): the token embedding's where it is tied."""
+        return self.wte.weight if self.config.tied_head else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
@@ -183,10 +227,10 @@ class GPT(torch.nn.Module):
         return self.wte.weight.device
 
     def n_params(self, *, positions: bool = True) -> int:
-        """The number of weights; the head's are the token embedding's and count once. Without `positions`, less the
-        position embedding."""
+        """The number of weights; a tied head's are the token embedding's and count once. Without `positions`, less the
+        position embedding where there is one."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total if positions else total - self.wpe.weight.numel()
+        return total if positions or self._rope is not None else total - self.wpe.weight.numel()
 
     def flops_per_token(self, n_tokens: int | None = None) -> int:
         """Floating-point operations of one token's forward and backward pass in a sequence of n_tokens (block_size
@@ -197,5 +241,5 @@ class GPT(torch.nn.Module):
         so that causal attention is counted twice over. Norms, activations and the embeddings' look-ups are not counted.
         """
         n_tokens = self.config.block_size if n_tokens is None else n_tokens
-        matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + self.wte.weight.numel()
+        matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + self.head_weight.numel()
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * n_tokens

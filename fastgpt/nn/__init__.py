@@ -9,7 +9,7 @@ Importing this package changes nothing in torch.
 """
 
 from fastgpt.nn.attention import CausalSelfAttention, LayerCache
-from fastgpt.nn.mlp import ACTIVATIONS, MLP
+from fastgpt.nn.mlp import ACTIVATIONS, GATED_ACTIVATIONS, MLP
 from fastgpt.nn.modules import (
     GELU,
     CrossEntropyLoss,
@@ -27,6 +27,7 @@ from fastgpt.nn.swiglu import SwiGLU
 
 __all__ = [
     "ACTIVATIONS",
+    "GATED_ACTIVATIONS",
     "GELU",
     "MLP",
     "CausalSelfAttention",

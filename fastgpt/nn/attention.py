@@ -2,7 +2,8 @@
 
 Heads may share keys and values (grouped-query attention, arXiv:2305.13245): with n_kv_head < n_head, query head h reads
 the keys and values of head h // (n_head / n_kv_head). One projection makes queries, keys and values together;
-`ops.attention` never stores the T x T matrix.
+`ops.attention` never stores the T x T matrix. Positions may be rotary (`rope` of forward, arXiv:2104.09864): queries and keys
+turn before the keys are cached.
 
 There is no dropout on the attention probabilities: `ops.attention` has none inside. Dropout acts on the layer's output
 only.
@@ -31,6 +32,7 @@ class CausalSelfAttention(torch.nn.Module):
         n_head: query heads.
         n_kv_head: heads of keys and values, a divisor of n_head; n_head where None.
         bias: whether both linear layers have one.
+        qkv_bias: whether the projection to queries, keys and values has one; as `bias` where None (Qwen2 has only this one).
         dropout: probability for the output, in [0, 1), active in training mode only.
 
     Shapes: (B, T, C) to (B, T, C), in the parameters' dtype (the autocast dtype under autocast). Without a cache
@@ -40,6 +42,8 @@ class CausalSelfAttention(torch.nn.Module):
         cached 2, new 2:    k0 k1 k2 k3
                         q2   x  x  x
                         q3   x  x  x  x
+
+    Where positions are rotary, forward takes `rope`: (cos, sin) of the T new ones as `ops.rope_tables` makes them, (T, D / 2) each.
 
     state_dict keys: c_attn.weight ((H + 2 H_kv) D, C), rows in the order queries, keys, values; c_attn.bias;
     c_proj.weight (C, C); c_proj.bias. With n_kv_head = n_head that is GPT-2's and nanoGPT's layout.
@@ -59,6 +63,7 @@ class CausalSelfAttention(torch.nn.Module):
         *,
         n_kv_head: int | None = None,
         bias: bool = True,
+        qkv_bias: bool | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -69,16 +74,28 @@ class CausalSelfAttention(torch.nn.Module):
             raise ValueError(f"n_kv_head: got {n_kv_head}; n_head = {n_head} must be a multiple of it")
         self.head_dim = n_embd // n_head
         self.heads = (n_head, n_kv_head, n_kv_head)
-        self.c_attn = torch.nn.Linear(n_embd, sum(self.heads) * self.head_dim, bias=bias)
+        qkv_bias = bias if qkv_bias is None else qkv_bias
+        self.c_attn = torch.nn.Linear(n_embd, sum(self.heads) * self.head_dim, bias=qkv_bias)
         self.c_proj = torch.nn.Linear(n_embd, n_embd, bias=bias)
         self.dropout = dropout
 
-    def forward(self, x: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cache: LayerCache | None = None,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         B, T, C = x.shape
         # One split of the heads' dimension: its backward is a single concatenation, where three slices would each fill
         # a tensor of the projection's size with zeros.
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 H_kv, D)
-        q, k, v = (part.transpose(1, 2) for part in qkv.split(self.heads, dim=2))  # (B, H, T, D), (B, H_kv, T, D) twice
+        if rope is None:
+            q, k, v = (
+                part.transpose(1, 2) for part in qkv.split(self.heads, dim=2)
+            )  # (B, H, T, D), (B, H_kv, T, D) twice
+        else:
+            turning, v = (part.transpose(1, 2) for part in qkv.split((self.heads[0] + self.heads[1], self.heads[2]), 2))
+            q, k = ops.rope(turning, *rope).split(self.heads[:2], dim=1)  # one pass over both
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, T_all, D)
         y = ops.attention(q, k, v, is_causal=True)  # (B, H, T, D)

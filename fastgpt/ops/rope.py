@@ -103,7 +103,7 @@ def rope_tables(
     base: float = 10000.0,
     *,
     start: int = 0,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles scale * position * base^(-2 i / dim), computed in float64, as float32.
@@ -113,6 +113,7 @@ def rope_tables(
         length: positions, `start` being the first.
         base: of the geometric series of angles; 10000 in the paper, 500000 in Llama 3.
         scale: multiplies positions; a factor below 1 fits longer texts into the trained range (arXiv 2306.15595).
+            A (dim / 2) tensor has a factor for each frequency, as Llama 3.1 needs.
         device: of the tables.
 
     Returns:
