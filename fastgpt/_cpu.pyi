@@ -117,12 +117,16 @@ def cross_entropy(
     dtype: int,
     logits: int,
     target: int,
-    losses: int,
+    reduction: int,
+    loss: int,
     lse: int,
+    dlogits: int,
+    grad_scale: float,
     rows: int,
     classes: int,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
     threads: int,
     /,
 ) -> None: ...
@@ -132,16 +136,18 @@ def cross_entropy_backward(
     target: int,
     lse: int,
     grad: int,
-    grad_stride: int,
-    grad_scale: float,
+    reduction: int,
     dlogits: int,
     rows: int,
     classes: int,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
     threads: int,
     /,
 ) -> None: ...
+def log_softmax(dtype: int, x: int, y: int, rows: int, cols: int, threads: int, /) -> None: ...
+def log_softmax_backward(dtype: int, dy: int, y: int, dx: int, rows: int, cols: int, threads: int, /) -> None: ...
 def dropout(
     x_dtype: int,
     dtype: int,

@@ -20,7 +20,7 @@ def targets(rows, classes, ignored=(), seed=7):
 
 
 def check(logits, target, what="", **options):
-    filled = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0} | options
+    filled = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0} | options
     check_op(
         lambda x: ops.cross_entropy(x, target, **options),
         # torch rounds a half-type loss to its dtype; ours stays in float32, so torch's side is compared in float32 too
@@ -48,6 +48,100 @@ def test_ignored_targets(isa, reduction):
     logits, target = random(12, 30), targets(12, 30, ignored=(0, 5, 11))
     check(logits, target, reduction=reduction)
     check(logits, targets(12, 30), reduction=reduction, ignore_index=int(targets(12, 30)[3]))
+
+
+def torch_with_z_loss(x, target, z_loss):
+    x = x.float() if x.dtype == torch.bfloat16 else x
+    counted = target != -100
+    return F.cross_entropy(x, target) + z_loss * (torch.logsumexp(x, -1)[counted] ** 2).sum() / counted.sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_z_loss(isa, dtype):
+    for rows, classes, z_loss in ((7, 65, 1e-4), (12, 333, 0.5)):
+        target = targets(rows, classes, ignored=(1,))
+        check_op(
+            lambda x: ops.cross_entropy(x, target, z_loss=z_loss),  # noqa: B023
+            lambda x: torch_with_z_loss(x, target, z_loss),  # noqa: B023
+            lambda x: torch_with_z_loss(x, target, z_loss),  # noqa: B023
+            [random(rows, classes, dtype=dtype, scale=3.0)],
+            f"{z_loss}",
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(1, 2), (7, 65), (40, 333)], ids=str)
+def test_the_gradient_in_place_of_the_logits(isa, dtype, reduction, shape):
+    logits, target = random(*shape, dtype=dtype, scale=3.0), targets(*shape)
+    if shape[0] > 1:
+        target[0] = -100
+    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 1e-3}
+    # A gradient of bf16 logits is rounded before it is scaled; half of it rounds no more, which is what the rule allows for.
+    for grad in (1.0, 0.3 if dtype == torch.float32 else 0.5):
+        wide = logits.double().requires_grad_()
+        exact_loss = ops.cross_entropy(wide, target, **options)
+        consumed = logits.clone().requires_grad_() * 1
+        loss = ops.cross_entropy(consumed, target, inplace_backward=True, **options)
+        assert_parity(loss, ops.cross_entropy(logits, target, **options), exact_loss, "in place")
+        factor = torch.full_like(loss, grad)
+        (mine,) = torch.autograd.grad(loss, consumed, factor)
+        (exact,) = torch.autograd.grad(exact_loss, wide, factor.double())
+        plain = logits.clone().requires_grad_()
+        (usual,) = torch.autograd.grad(ops.cross_entropy(plain, target, **options), plain, factor)
+        assert_parity(mine, usual, exact, f"gradient times {grad}")
+        assert mine.data_ptr() == consumed.data_ptr()
+
+
+def test_in_place_goes_on_to_what_made_the_logits():
+    x, w, target = random(12, 8), random(30, 8, seed=1), targets(12, 30)
+    grads = []
+    for inplace in (False, True):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        ops.cross_entropy(F.linear(*leaves), target, inplace_backward=inplace).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_in_place_raises_where_it_would_be_wrong():
+    x, target = random(12, 30).requires_grad_(), targets(12, 30)
+    loss = ops.cross_entropy(torch.tanh(x), target, inplace_backward=True)  # tanh keeps its result for its own backward
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = ops.cross_entropy(x * 1, target, inplace_backward=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_changes_nothing_where_no_gradient_is_asked_for():
+    logits, target = random(12, 30), targets(12, 30)
+    kept = logits.clone()
+    ops.cross_entropy(logits, target, inplace_backward=True)
+    with torch.no_grad():
+        ops.cross_entropy(logits.requires_grad_(), target, inplace_backward=True)
+    assert torch.equal(logits, kept)
+    strided = random(30, 12).requires_grad_()
+    before = strided.detach().clone()
+    ops.cross_entropy(strided.t(), target, inplace_backward=True).backward()
+    assert torch.equal(strided, before)
+
+
+def test_same_bits_for_any_number_of_threads(isa):
+    logits, target = random(300, 77).requires_grad_(), targets(300, 77)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            loss = ops.cross_entropy(logits, target)
+            consumed = logits * 1
+            replaced = ops.cross_entropy(consumed, target, inplace_backward=True)
+            results.append([loss, torch.autograd.grad(loss, logits)[0], replaced, consumed.detach()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
@@ -97,6 +191,7 @@ def test_gradcheck(reduction, smoothing):
     x, target = random(4, 7, dtype=torch.float64).requires_grad_(), targets(4, 7, ignored=(1,))
     function = partial(ops.cross_entropy, target=target, reduction=reduction, label_smoothing=smoothing)
     assert torch.autograd.gradcheck(function, (x,))
+    assert torch.autograd.gradcheck(partial(function, z_loss=0.1), (x,))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -105,6 +200,8 @@ def test_opcheck(dtype, reduction):
     op = torch.ops.fastgpt.cross_entropy.default
     x, target = random(6, 10, dtype=dtype), targets(6, 10)
     opcheck(op, (x.clone().requires_grad_(), target, -100, reduction, 0.1))
+    opcheck(op, (x.clone().requires_grad_(), target, -100, reduction, 0.0, 1e-3))
+    opcheck(torch.ops.fastgpt.cross_entropy_inplace.default, (x.clone(), target, -100, reduction, 0.1, 1e-3))
     loss, lse = op(x, target, -100, reduction, 0.1)
     opcheck(torch.ops.fastgpt.cross_entropy_backward.default, (loss, x, target, lse, -100, reduction, 0.1))
 
@@ -132,3 +229,5 @@ def test_bad_input():
         ops.cross_entropy(x, torch.tensor([0, 1, 2]), reduction="max")
     with pytest.raises(ValueError, match="label_smoothing"):
         ops.cross_entropy(x, torch.tensor([0, 1, 2]), label_smoothing=2.0)
+    with pytest.raises(ValueError, match="z_loss"):
+        ops.cross_entropy(x, torch.tensor([0, 1, 2]), z_loss=-1.0)

@@ -19,6 +19,8 @@ POINTWISE = [
     ("SiLU", {}),
     ("Softmax", {"dim": -1}),
     ("Softmax", {"dim": 1}),
+    ("LogSoftmax", {"dim": -1}),
+    ("LogSoftmax", {"dim": 1}),
     ("LayerNorm", {"normalized_shape": 48}),
     ("LayerNorm", {"normalized_shape": (5, 48), "eps": 1e-3}),
     ("LayerNorm", {"normalized_shape": 48, "bias": False}),

@@ -19,6 +19,7 @@ namespace {
 #include "cpu/cross_entropy.inl"
 #include "cpu/dropout.inl"
 #include "cpu/embedding.inl"
+#include "cpu/log_softmax.inl"
 #include "cpu/layer_norm.inl"
 #include "cpu/rope.inl"
 #include "cpu/product.inl"
@@ -41,6 +42,8 @@ const Kernels kTable = {
     .layer_norm_backward = layer_norm_backward,
     .cross_entropy = cross_entropy,
     .cross_entropy_backward = cross_entropy_backward,
+    .log_softmax = log_softmax,
+    .log_softmax_backward = log_softmax_backward,
     .dropout = dropout,
     .embedding = embedding,
     .embedding_backward = embedding_backward,

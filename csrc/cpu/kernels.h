@@ -118,7 +118,9 @@ struct CrossEntropyArgs {
   float* losses;  // (rows), 0 where the target is ignored
   float* lse;     // (rows), log-sum-exp, for the backward
   int64_t rows, classes, ignore_index;
-  float label_smoothing;
+  float label_smoothing, z_loss;
+  void* dlogits;     // the gradient of the losses' sum times grad_scale, or nullptr; may be `logits`
+  float grad_scale;  // 1 / count for the mean
 };
 
 struct CrossEntropyBackwardArgs {
@@ -129,9 +131,24 @@ struct CrossEntropyBackwardArgs {
   const float* grad;    // of each row's loss
   int64_t grad_stride;  // 0: one gradient for all rows
   float grad_scale;     // multiplies every row's gradient: 1 / count for the mean
-  void* dlogits;
+  void* dlogits;        // may be `logits`
   int64_t rows, classes, ignore_index;
-  float label_smoothing;
+  float label_smoothing, z_loss;
+};
+
+struct LogSoftmaxArgs {
+  DType dtype;
+  const void* x;
+  void* y;
+  int64_t rows, cols;
+};
+
+struct LogSoftmaxBackwardArgs {
+  DType dtype;
+  const void* dy;
+  const void* y;
+  void* dx;
+  int64_t rows, cols;
 };
 
 // y = x * mask / (1 - p) + residual; element i is dropped where its word of Philox (philox.inl) is below `threshold`.
@@ -274,6 +291,8 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackwardArgs&, int threads);
   void (*cross_entropy)(const CrossEntropyArgs&, int threads);
   void (*cross_entropy_backward)(const CrossEntropyBackwardArgs&, int threads);
+  void (*log_softmax)(const LogSoftmaxArgs&, int threads);
+  void (*log_softmax_backward)(const LogSoftmaxBackwardArgs&, int threads);
   void (*dropout)(const DropoutArgs&, int threads);
   void (*embedding)(const EmbeddingArgs&, int threads);
   void (*embedding_backward)(const EmbeddingBackwardArgs&, int threads);

@@ -299,32 +299,74 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "cross_entropy",
-      [](int dtype, Address logits, Address target, Address losses, Address lse, int64_t rows, int64_t classes,
-         int64_t ignore_index, float label_smoothing, int threads) {
-        CrossEntropyArgs args{dtype_of(dtype),   at<const void>(logits), at<const int64_t>(target),
-                              at<float>(losses), at<float>(lse),         rows,
-                              classes,           ignore_index,           label_smoothing};
+      [](int dtype, Address logits, Address target, int reduction, Address loss, Address lse, Address dlogits,
+         float grad_scale, int64_t rows, int64_t classes, int64_t ignore_index, float label_smoothing, float z_loss,
+         int threads) {
+        const int64_t counted = count_targets(target, rows, classes, ignore_index);
+        const bool is_mean = reduction == 1;
+        CrossEntropyArgs args{dtype_of(dtype),
+                              at<const void>(logits),
+                              at<const int64_t>(target),
+                              at<float>(loss),
+                              at<float>(lse),
+                              rows,
+                              classes,
+                              ignore_index,
+                              label_smoothing,
+                              z_loss,
+                              at<void>(dlogits),
+                              !is_mean      ? grad_scale
+                              : counted > 0 ? grad_scale / static_cast<float>(counted)
+                                            : 0.0f};
+        if (reduction == 0) {
+          kernels().cross_entropy(args, threads);
+          return;
+        }
+        std::vector<float> losses(rows);
+        args.losses = losses.data();
         kernels().cross_entropy(args, threads);
+        double total = 0.0;
+        for (float row : losses) total += row;
+        *at<float>(loss) = static_cast<float>(is_mean ? total / static_cast<double>(counted) : total);
       },
-      Release());
+      Release(),
+      "reduction: 0 none, 1 mean, 2 sum; the gradient goes to dlogits unless it is 0, times grad_scale; it may replace "
+      "the logits.");
 
   m.def(
       "cross_entropy_backward",
-      [](int dtype, Address logits, Address target, Address lse, Address grad, int64_t grad_stride, float grad_scale,
-         Address dlogits, int64_t rows, int64_t classes, int64_t ignore_index, float label_smoothing, int threads) {
+      [](int dtype, Address logits, Address target, Address lse, Address grad, int reduction, Address dlogits,
+         int64_t rows, int64_t classes, int64_t ignore_index, float label_smoothing, float z_loss, int threads) {
+        const int64_t counted = reduction == 1 ? count_targets(target, rows, classes, ignore_index) : 1;
         CrossEntropyBackwardArgs args{dtype_of(dtype),
                                       at<const void>(logits),
                                       at<const int64_t>(target),
                                       at<const float>(lse),
                                       at<const float>(grad),
-                                      grad_stride,
-                                      grad_scale,
+                                      reduction == 0 ? 1 : 0,
+                                      counted > 0 ? 1.0f / static_cast<float>(counted) : 0.0f,
                                       at<void>(dlogits),
                                       rows,
                                       classes,
                                       ignore_index,
-                                      label_smoothing};
+                                      label_smoothing,
+                                      z_loss};
         kernels().cross_entropy_backward(args, threads);
+      },
+      Release());
+
+  m.def(
+      "log_softmax",
+      [](int dtype, Address x, Address y, int64_t rows, int64_t cols, int threads) {
+        kernels().log_softmax({dtype_of(dtype), at<const void>(x), at<void>(y), rows, cols}, threads);
+      },
+      Release());
+
+  m.def(
+      "log_softmax_backward",
+      [](int dtype, Address dy, Address y, Address dx, int64_t rows, int64_t cols, int threads) {
+        LogSoftmaxBackwardArgs args{dtype_of(dtype), at<const void>(dy), at<const void>(y), at<void>(dx), rows, cols};
+        kernels().log_softmax_backward(args, threads);
       },
       Release());
 

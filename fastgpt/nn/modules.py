@@ -1,5 +1,5 @@
-"""Drop-in forms of torch.nn's LayerNorm, RMSNorm, Softmax, ReLU, Sigmoid, Tanh, GELU, SiLU, Dropout, Embedding and CrossEntropyLoss,
-computed by fastgpt.ops.
+"""Drop-in forms of torch.nn's LayerNorm, RMSNorm, Softmax, LogSoftmax, ReLU, Sigmoid, Tanh, GELU, SiLU, Dropout, Embedding and
+CrossEntropyLoss, computed by fastgpt.ops.
 
 Each class derives from torch's class of the same name: constructor arguments, parameters, state_dict keys and repr are
 torch's own, an `isinstance` check against torch.nn still holds, and a state_dict moves either way. Only `forward`
@@ -86,6 +86,28 @@ class Softmax(torch.nn.Softmax):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.softmax(input, self.dim)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    """torch.nn.LogSoftmax(dim) on `ops.log_softmax`; any shape, the input's dtype.
+
+    Raises:
+        ValueError: dim is None.
+
+    Example:
+        >>> LogSoftmax(dim=-1)(torch.zeros(1, 2))
+        tensor([[-0.6931, -0.6931]])
+    """
+
+    dim: int
+
+    def __init__(self, dim: int | None = None) -> None:
+        if dim is None:
+            raise ValueError("dim: got None; give the dimension to normalise, for example LogSoftmax(dim=-1)")
+        super().__init__(dim)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return ops.log_softmax(input, self.dim)
 
 
 class ReLU(torch.nn.ReLU):

@@ -19,6 +19,7 @@ from fastgpt.ops.embedding import embedding
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
+from fastgpt.ops.log_softmax import log_softmax
 from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.rope import rope, rope_tables
 from fastgpt.ops.softmax import softmax
@@ -41,6 +42,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "log_softmax",
     "relu",
     "rms_norm",
     "rope",

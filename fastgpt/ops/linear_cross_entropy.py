@@ -43,7 +43,7 @@ def _cpu(
     if rows == 0:
         dweight.zero_()
     half = products_in_halves(dtype)
-    one, threads = torch.ones(()), cpu.threads()
+    threads = cpu.threads()
     chunk = min(rows, _chunk_rows(classes, dtype.itemsize))
     logits = torch.empty(chunk, classes, dtype=dtype)
     for first in range(0, rows, max(chunk, 1)):
@@ -54,15 +54,11 @@ def _cpu(
             half, *codes, 0, x_part, weight.data_ptr(), 0, -1, 0, 0, logits.data_ptr(), count, width, classes, threads
         )
         cpu.kernels.cross_entropy(
-            logits_code, logits.data_ptr(), target.data_ptr() + 2 * row, losses.data_ptr() + row, lse.data_ptr() + row, count,
-            classes, ignore_index, label_smoothing, threads,
+            logits_code, logits.data_ptr(), target.data_ptr() + 2 * row, 0, losses.data_ptr() + row, lse.data_ptr() + row,
+            logits.data_ptr() if keeps else 0, scale, count, classes, ignore_index, label_smoothing, 0.0, threads,
         )  # fmt: skip
         if not keeps:
             continue
-        cpu.kernels.cross_entropy_backward(
-            logits_code, logits.data_ptr(), target.data_ptr() + 2 * row, lse.data_ptr() + row, one.data_ptr(), 0, scale,
-            logits.data_ptr(), count, classes, ignore_index, label_smoothing, threads,
-        )  # fmt: skip
         cpu.kernels.linear_backward_input(
             half, logits_code, w_code, x_code, 0, logits.data_ptr(), weight.data_ptr(), 0,
             dx.data_ptr() + first * width * x.element_size(), count, width, classes, threads,

@@ -174,6 +174,20 @@ def softmax_backward(grad: Tensor, y: Tensor, scale: float) -> Tensor:
     return (scale * p * (g - (g * p).sum(-1, keepdim=True))).to(grad.dtype)
 
 
+def log_softmax(x: Tensor) -> Tensor:
+    """(x - max x) - log sum exp(x - max x) over the last dimension."""
+    if x.shape[-1] == 0:
+        return x.clone()
+    v = _wide(x)
+    v = v - v.amax(-1, keepdim=True)
+    return (v - torch.log(torch.exp(v).sum(-1, keepdim=True))).to(x.dtype)
+
+
+def log_softmax_backward(grad: Tensor, y: Tensor) -> Tensor:
+    g = _wide(grad)
+    return (g - torch.exp(_wide(y)) * g.sum(-1, keepdim=True)).to(grad.dtype)
+
+
 # ---- layer norm, arXiv 1607.06450
 
 
@@ -415,7 +429,7 @@ def _probabilities(query: Tensor, key: Tensor, is_causal: bool, scale: float) ->
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The loss (a scalar, or (N) for reduction "none") and each row's log-sum-exp (0 where the target is ignored)."""
     v = _wide(logits)
@@ -427,6 +441,8 @@ def cross_entropy(
     losses = (1 - label_smoothing) * (lse - v.gather(-1, safe[:, None])[:, 0])
     if label_smoothing > 0:
         losses = losses + label_smoothing * (lse - v.mean(-1))
+    if z_loss > 0:
+        losses = losses + z_loss * lse**2
     losses = torch.where(counted, losses, 0.0)
     lse = torch.where(counted, lse, 0.0)
     if reduction == "none":
@@ -436,15 +452,26 @@ def cross_entropy(
 
 
 def cross_entropy_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
+    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
+    z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
     v = _wide(logits)
     counted = target != ignore_index
     g = grad.to(v.dtype) / counted.sum() if reduction == "mean" else grad.to(v.dtype)
-    p = torch.exp(v - lse[:, None]) - label_smoothing / v.shape[-1]
+    p = torch.exp(v - lse[:, None]) * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / v.shape[-1]
     safe = torch.where(counted, target, 0)
     p.scatter_add_(-1, safe[:, None], torch.full_like(p[:, :1], label_smoothing - 1))
     return (torch.where(counted[:, None], p, 0.0) * g[..., None]).to(logits.dtype)
+
+
+def cross_entropy_inplace(
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """The loss; the logits are replaced by their gradient (of the losses' sum for reduction "none")."""
+    options = (ignore_index, reduction, label_smoothing, z_loss)
+    loss, lse = cross_entropy(logits, target, *options)
+    logits.copy_(cross_entropy_backward(torch.ones_like(loss), logits, target, lse, *options))
+    return loss
 
 
 # ---- linear layers with an activation and a residual

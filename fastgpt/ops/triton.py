@@ -96,22 +96,28 @@ def _layer_norm_backward(
     return _run("layer_norm", "layer_norm_backward", tensors, *tensors, needs_params)
 
 
-@implement("cross_entropy", "triton")
-def _cross_entropy(
-    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
+def _cross_entropy_covers(logits: Tensor, z_loss: float) -> None:
     if logits.shape[1] == 0:
         raise NotCovered("logits without classes")
+    if z_loss != 0.0:
+        raise NotCovered("a z-loss")
+
+
+@implement("cross_entropy", "triton")
+def _cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    _cross_entropy_covers(logits, z_loss)
     options = (ignore_index, reduction, label_smoothing)
     return _run("cross_entropy", "cross_entropy", (logits, target), logits, target, *options)
 
 
 @implement("cross_entropy_backward", "triton")
 def _cross_entropy_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
-    if logits.shape[1] == 0:
-        raise NotCovered("logits without classes")
+    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
+    z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
+    _cross_entropy_covers(logits, z_loss)
     tensors = (grad, logits, target, lse)
     return _run("cross_entropy", "cross_entropy_backward", tensors, *tensors, ignore_index, reduction, label_smoothing)
 
