@@ -29,6 +29,8 @@ INLINE void store_as(DType dtype, void* p, int64_t i, Vec v, int n) {
                             : store_part(static_cast<float*>(p) + i, v, n);
 }
 
+constexpr int64_t kAnyDepth = std::numeric_limits<int64_t>::max();
+
 // Few rows: the weights are read once from memory, four of their rows at a time, and nothing is packed.
 constexpr int64_t kFewRows = 8;
 
@@ -131,7 +133,7 @@ void linear(const LinearArgs& a, int threads) {
   }
   with_math(a.half, [&](auto math) {
     product<decltype(math), false, true>({a.x_dtype, a.x, a.in}, {a.w_dtype, a.weight, a.in}, a.rows, a.out, a.in,
-                                         threads, finish);
+                                         kAnyDepth, threads, {}, finish);
   });
 }
 
@@ -147,37 +149,31 @@ void linear_backward_input(const LinearBackwardInputArgs& a, int threads) {
   };
   with_math(a.half, [&](auto math) {
     product<decltype(math), false, false>({a.dy_dtype, a.dy, a.out}, {a.w_dtype, a.weight, a.in}, a.rows, a.in, a.out,
-                                          threads, finish);
+                                          kAnyDepth, threads, {}, finish);
   });
 }
 
-constexpr int64_t kRowsAtOnce = 1024;  // of a weight gradient's long sum: what the packed blocks of both sides hold
+constexpr int64_t kRowsAtOnce = 1024;  // of a weight gradient's long sum: what L2 holds of both sides
 
 void linear_backward_weight(const LinearBackwardWeightArgs& a, int threads) {
   if (a.dweight != nullptr) {
-    // A gradient in bf16 is summed in fp32 and rounded once.
+    // An fp32 gradient is where its parts are summed; one in bf16 is summed elsewhere and rounded once.
     const bool direct = a.dw_dtype == DType::kFloat32;
-    std::vector<float> wide(direct ? 0 : static_cast<size_t>(a.out * a.in));
-    float* sums = direct ? static_cast<float*>(a.dweight) : wide.data();
-    for (int64_t t = 0; t < std::max<int64_t>(a.rows, 1); t += kRowsAtOnce) {
-      const int64_t depth = std::min(kRowsAtOnce, a.rows - t);
-      const bool last = t + kRowsAtOnce >= a.rows;
-      const auto finish = [&](int64_t r0, int64_t c0, int height, int width, const float* tile) {
+    const Sums sums = {direct ? static_cast<float*>(a.dweight) : nullptr, direct && a.accumulate};
+    const auto finish = [&](int64_t r0, int64_t c0, int height, int width, const float* tile) {
+      with_type(a.dw_dtype, [&](auto tag) {
+        using W = decltype(tag);
+        W* dweight = static_cast<W*>(a.dweight);
         finish_tile(r0, c0, height, width, a.in, tile, [&](Vec v, int64_t place, int64_t, int n) {
-          if (t > 0 || (direct && a.accumulate)) v += load_part(sums + place, n);
-          if (direct || !last) return store_part(sums + place, v, n);
-          if (a.accumulate) v += load_as(a.dw_dtype, a.dweight, place, n);
-          store_as(a.dw_dtype, a.dweight, place, v, n);
+          if (a.accumulate && !direct) v += load_part(dweight + place, n);
+          store_part(dweight + place, v, n);
         });
-      };
-      const Matrix dy = {a.dy_dtype, nullptr, a.out}, x = {a.x_dtype, nullptr, a.in};
-      Matrix from = dy, with = x;
-      with_type(a.dy_dtype, [&](auto tag) { from.data = static_cast<const decltype(tag)*>(a.dy) + t * a.out; });
-      with_type(a.x_dtype, [&](auto tag) { with.data = static_cast<const decltype(tag)*>(a.x) + t * a.in; });
-      with_math(a.half, [&](auto math) {
-        product<decltype(math), true, false>(from, with, a.out, a.in, depth, threads, finish);
       });
-    }
+    };
+    with_math(a.half, [&](auto math) {
+      product<decltype(math), true, false>({a.dy_dtype, a.dy, a.out}, {a.x_dtype, a.x, a.in}, a.out, a.in, a.rows,
+                                           kRowsAtOnce, threads, sums, finish);
+    });
   }
   if (a.dbias == nullptr) return;
   with_type(a.dy_dtype, [&](auto tag) {

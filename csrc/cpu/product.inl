@@ -13,6 +13,7 @@ constexpr int kPanelVectors = FASTGPT_LANES == 16 ? 3 : 2;
 constexpr int kPanel = kPanelVectors * kLanes;  // columns
 constexpr int64_t kBlockBytes = 256 << 10;      // of A, packed: a quarter of an L2
 constexpr int64_t kMostBlockRows = 96;          // a multiple of kProductRows
+constexpr int64_t kPanelBytes = 400 << 10;      // of a panel of B: longer sums are split; with a block of A it fits L2
 constexpr int64_t kPackedBytes = 4 << 20;       // of B, packed: what fits into L3 beside everything else
 constexpr int64_t kTermsAtOnce = 4 * kChain;    // of a sum, before it is added to the tile in memory
 
@@ -21,14 +22,16 @@ struct Matrix {
   DType dtype;
   const void* data;
   int64_t stride;
+
+  Matrix from(int64_t row, int64_t column) const {
+    const int64_t bytes = (row * stride + column) * (dtype == DType::kBFloat16 ? 2 : 4);
+    return {dtype, static_cast<const char*>(data) + bytes, stride};
+  }
 };
 
 template <class Body>
 INLINE void with_matrix(const Matrix& m, int64_t row, int64_t column, const Body& body) {
-  with_type(m.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    body(static_cast<const T*>(m.data) + row * m.stride + column);
-  });
+  with_type(m.dtype, [&](auto tag) { body(static_cast<const decltype(tag)*>(m.from(row, column).data)); });
 }
 
 // Memory of a thread's own for packed blocks, aligned to a cache line.
@@ -75,12 +78,12 @@ void product_tile(const typename Math::Element* a, int64_t lda, const typename M
   }
 }
 
-// A is (rows, depth), or (depth, rows) in memory where a_transposed; B is (depth, columns), or (columns, depth) in
-// memory where b_transposed. finish(r, c, height, width, tile) takes rows r.. and columns c.. of the result from
+// A is (rows, depth), or (depth, rows) in memory where kTransposedA; B is (depth, columns), or (columns, depth) in
+// memory where kTransposedB. finish(r, c, height, width, tile) takes rows r.. and columns c.. of the result from
 // tile[i * kPanel + j].
 template <class Math, bool kTransposedA, bool kTransposedB, class Finish>
-void product(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, int64_t depth, int threads,
-             const Finish& finish) {
+void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, int64_t depth, int threads,
+                  const Finish& finish) {
   using Element = typename Math::Element;
   if (rows <= 0 || columns <= 0) return;
   const int64_t steps = (depth + Math::kTerms - 1) / Math::kTerms;
@@ -162,5 +165,46 @@ void product(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, in
         }
       }
     }
+  }
+}
+
+// Where partial sums of a long product lie between its parts: (rows, columns) floats, part of the result from the start
+// where `started`.
+struct Sums {
+  float* data = nullptr;
+  bool started = false;
+};
+
+// The whole product: a sum too long for the caches is split into parts, each added to the ones before.
+template <class Math, bool kTransposedA, bool kTransposedB, class Finish>
+void product(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, int64_t depth, int64_t most_depth,
+             int threads, Sums sums, const Finish& finish) {
+  const int64_t panel_row = kPanel * int64_t{sizeof(typename Math::Element)} / Math::kTerms;
+  const int64_t parts = std::max<int64_t>(
+      1, (depth + std::min(most_depth, kPanelBytes / panel_row) - 1) / std::min(most_depth, kPanelBytes / panel_row));
+  if (parts == 1 && !sums.started) {
+    product_part<Math, kTransposedA, kTransposedB>(a, b, rows, columns, depth, threads, finish);
+    return;
+  }
+  if (sums.data == nullptr) sums.data = static_cast<float*>(packed_memory<3>(rows * columns * int64_t{sizeof(float)}));
+  const int64_t part = round_up((depth + parts - 1) / parts, kTermsAtOnce);
+  for (int64_t k = 0; k == 0 || k < depth; k += part) {
+    const bool add = k > 0 || sums.started, last = k + part >= depth;
+    const auto keep = [&](int64_t r0, int64_t c0, int height, int width, float* tile) {
+      for (int i = 0; i < height; ++i) {
+        float* place = sums.data + (r0 + i) * columns + c0;
+        for (int j = 0; j < width; j += kLanes) {
+          const int n = std::min(kLanes, width - j);
+          Vec v = load(tile + i * kPanel + j);
+          if (add) v += load_part(place + j, n);
+          last ? store(tile + i * kPanel + j, v) : store_part(place + j, v, n);
+        }
+      }
+      if (last) finish(r0, c0, height, width, tile);
+    };
+    const int64_t depth_here = std::max<int64_t>(0, std::min(part, depth - k));
+    product_part<Math, kTransposedA, kTransposedB>(kTransposedA ? a.from(k, 0) : a.from(0, k),
+                                                   kTransposedB ? b.from(0, k) : b.from(k, 0), rows, columns,
+                                                   depth_here, threads, keep);
   }
 }
