@@ -154,7 +154,7 @@ def bench_train_step(compare: Compare, size: Size, request: pytest.FixtureReques
             variants=[_variant(name, training, products, losses, count) for name, training in trainings.items()],
             extra=lambda losses=losses: {name: {"first_losses": values} for name, values in losses.items()},  # type: ignore[misc]
         )
-        _same_losses(losses, exact_loss, {name: dtype if products == "highest" else "bf16" for name in losses})
+        _same_losses(losses, exact_loss, dtype if products == "highest" else "bf16")
 
 
 def exact(model: PlainGPT, data: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
@@ -181,10 +181,9 @@ def _variant(name: str, training: Training, products: str, losses: dict[str, lis
     )
 
 
-def _same_losses(losses: dict[str, list[float]], exact_loss: float, dtypes: dict[str, str]) -> None:
+def _same_losses(losses: dict[str, list[float]], exact_loss: float, dtype: str) -> None:
     base = losses["torch eager"]
     for name, found in losses.items():
-        dtype = dtypes[name]
         if not abs(found[0] - exact_loss) <= FIRST_LOSS[dtype] * exact_loss:
             raise DisagreementError(f"{name}: the first loss is {found[0]}, in float64 it is {exact_loss}")
         worst = max(abs(a - b) / b for a, b in zip(found, base, strict=True))
