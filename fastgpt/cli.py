@@ -84,6 +84,9 @@ def train_parser() -> Parser:
         "--out", metavar="RUN", help="the run folder to make (default: runs/<corpus>-N, the next free N)"
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped (default: start a new one)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print parameters, memory, operations and time; do nothing"
+    )
     groups = {name: parser.add_argument_group(name) for name in sections()}
     for key, item in options():
         section, name = key.split(".")
@@ -110,6 +113,9 @@ def train(arguments: Sequence[str]) -> int:
     preset, file, out, resume = (given.pop(name) for name in ("preset", "config", "out", "resume"))
     if resume is not None and out is not None:
         raise UserError("--resume and --out are both given; a resume goes on in its own folder")
+    dry_run = given.pop("dry_run")
+    if dry_run and resume is not None:
+        raise UserError("--dry-run and --resume are both given; a dry run is for a run that is not there yet")
     if resume is None:
         config = load_config(preset=preset, file=file, overrides=given)
 
@@ -121,6 +127,10 @@ def train(arguments: Sequence[str]) -> int:
         _say("note: other work is running on these cores, so threads sleep while they wait; a quiet machine is faster")
     from fastgpt.train.run import locked, open_run, start_run
 
+    if dry_run:
+        from fastgpt.train.dry_run import dry_run as print_dry_run
+
+        return print_dry_run(config)
     if resume is None:
         run = start_run(config, Path(out) if out is not None else None, _say)
     else:
@@ -234,8 +244,16 @@ def bench(arguments: Sequence[str]) -> int:
     return run_benchmarks(list(arguments)) or 0
 
 
+def data(arguments: Sequence[str]) -> int:
+    """`fastgpt data`."""
+    from fastgpt.data.command import main as run_data
+
+    return run_data(arguments, _parser, _say)
+
+
 COMMANDS = {
     "train": (train, "train a GPT, or go on with a run"),
+    "data": (data, "text, JSONL and Parquet into token shards, and their check"),
     "sample": (sample, "print text from a trained model"),
     "info": (info, "what this machine has and which engine each op will use"),
     "bench": (bench, "run the benchmarks"),

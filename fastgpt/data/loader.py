@@ -20,10 +20,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fastgpt.data.shards import Tokens
 from fastgpt.errors import UserError
 
 
-def _gather(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(x, y), each (B, T) int64 and contiguous, for the given start positions."""
     windows = tokens[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1), the file's dtype
     pair = np.empty((2, len(starts), block_size), dtype=np.int64)
@@ -32,7 +33,7 @@ def _gather(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[to
     return x, y
 
 
-def check_length(tokens: np.ndarray, block_size: int, what: str) -> None:
+def check_length(tokens: Tokens, block_size: int, what: str) -> None:
     """Raise UserError unless at least one block and its targets fit into `tokens`."""
     if len(tokens) < block_size + 1:
         raise UserError(
@@ -62,9 +63,7 @@ class Loader:
         ((2, 8), True)
     """
 
-    def __init__(
-        self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, *, order: str = "shuffle"
-    ) -> None:
+    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, seed: int, *, order: str = "shuffle") -> None:
         check_length(tokens, block_size, "training")
         if order not in ("shuffle", "random"):
             raise ValueError(f"order is {order!r}; accepted is 'shuffle' or 'random'")
@@ -122,7 +121,7 @@ class EvalBatches:
     """
 
     def __init__(
-        self, tokens: np.ndarray, block_size: int, batch_size: int, n_tokens: int, *, what: str = "validation"
+        self, tokens: Tokens, block_size: int, batch_size: int, n_tokens: int, *, what: str = "validation"
     ) -> None:
         check_length(tokens, block_size, what)
         available = (len(tokens) - 1) // block_size

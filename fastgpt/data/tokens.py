@@ -7,6 +7,8 @@ Documents are separated by the tokenizer's end-of-text token where it has one, b
 Text is encoded in pieces of at most CHUNK characters, cut after a line end, so the ids of a huge corpus never stand in memory as
 Python objects; a cut can split a run of blank lines into other tokens than one encoding of the whole text would, and decodes to the
 same text. Bytes are counted so that a loss in nats per token can be reported as bits per byte, which compares across tokenizers.
+
+A run on a prepared folder (fastgpt.data.prepare) has no token files of its own: its meta.json names that folder.
 """
 
 import hashlib
@@ -18,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from fastgpt.data.shards import MANIFEST, Tokens, file_sha256, open_shards
 from fastgpt.errors import UserError
 
 FORMAT = "fastgpt-tokens"
+LINK_FORMAT = "fastgpt-shards-link"
 CHUNK = 16 * 2**20
 
 
@@ -29,13 +33,13 @@ class TokenFiles:
     """Both splits of a tokenized corpus.
 
     Attributes:
-        train: (n,) uint16 or uint32, memory-mapped, read-only.
+        train: (n,) uint16 or uint32, memory-mapped, read-only: one file, or the shards of a prepared folder as one array.
         val: the same for the held-out text.
         meta: what meta.json holds.
     """
 
-    train: np.ndarray
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     meta: dict[str, Any]
 
     def bytes_per_token(self, split: str) -> float:
@@ -115,6 +119,8 @@ def open_tokens(folder: Path) -> TokenFiles:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: it is not JSON") from error
+    if isinstance(meta, dict) and meta.get("format") == LINK_FORMAT:
+        return _open_link(path, meta)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("dtype") not in ("uint16", "uint32"):
         raise UserError(f'{path} does not describe token files of fastgpt (no "format": "{FORMAT}")')
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
@@ -127,3 +133,18 @@ def open_tokens(folder: Path) -> TokenFiles:
             raise UserError(f"{file} is damaged: it has {size:,} bytes, {path.name} says {expected:,}")
         arrays[split] = np.memmap(file, dtype=dtype, mode="r")
     return TokenFiles(arrays["train"], arrays["val"], meta)
+
+
+def link_shards(folder: Path, shards: Path) -> None:
+    """Have the token files of `folder` be the shards of a prepared folder, by its path and the checksum of its manifest."""
+    link = {"format": LINK_FORMAT, "path": str(shards.resolve()), "manifest_sha256": file_sha256(shards / MANIFEST)}
+    (folder / "meta.json").write_text(json.dumps(link, indent=2) + "\n", encoding="utf-8")
+
+
+def _open_link(path: Path, link: dict[str, Any]) -> TokenFiles:
+    shards = Path(link["path"])
+    if not (shards / MANIFEST).is_file():
+        raise UserError(f"the prepared folder {shards} is gone; put it back, or change its path in {path}")
+    if file_sha256(shards / MANIFEST) != link["manifest_sha256"]:
+        raise UserError(f"the prepared folder {shards} is not the one this run began with (its manifest has changed)")
+    return TokenFiles(*open_shards(shards))

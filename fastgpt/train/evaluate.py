@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
+from fastgpt.data.shards import Tokens
 from fastgpt.model import BigramModel
 
 BIGRAM_TOKENS = 20_000_000  # counting more changes the baseline's third decimal and takes seconds
@@ -44,7 +44,7 @@ def mean_loss(
     return total / count
 
 
-def fit_bigram(tokens: np.ndarray, vocab_size: int) -> BigramModel:
+def fit_bigram(tokens: Tokens, vocab_size: int) -> BigramModel:
     """The baseline, counted on the first BIGRAM_TOKENS training tokens."""
     return BigramModel().fit(tokens[:BIGRAM_TOKENS], vocab_size)
 

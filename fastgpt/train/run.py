@@ -30,7 +30,8 @@ import torch
 from fastgpt.data import TokenFiles, load_corpus, open_tokens, write_tokens
 from fastgpt.data.corpora import Corpus
 from fastgpt.data.loader import check_length
-from fastgpt.data.tokens import token_dtype
+from fastgpt.data.shards import is_prepared, verify_shards
+from fastgpt.data.tokens import link_shards, token_dtype
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -120,10 +121,10 @@ def _check_text(corpus: Corpus, block_size: int) -> None:
             )
 
 
-def disk_estimate(config: Config, corpus_bytes: int) -> int:
+def disk_estimate(config: Config, corpus_bytes: int, vocab_size: int | None = None) -> int:
     """About how many bytes a run writes at most: tokens, the best weights, and the checkpoints with one in the making."""
     char = config.tokenizer.type == "char" and config.tokenizer.path is None
-    vocab_size = 256 if char else config.tokenizer.vocab_size
+    vocab_size = vocab_size or (256 if char else config.tokenizer.vocab_size)
     with torch.device("meta"):
         n_params = GPT(model_config(config, vocab_size)).n_params()
     tokens = corpus_bytes * token_dtype(vocab_size).itemsize // (1 if char else 2)
@@ -166,6 +167,8 @@ def start_run(config: Config, out: Path | None, say: Callable[[str], None]) -> R
     _check_out(out)
     choose_device(config.train.device)
     model_config(config, max(config.tokenizer.vocab_size, 1))
+    if is_prepared(config.data.source):
+        return _start_prepared(config, out, say)
     corpus = load_corpus(config.data.source, config.data.val_fraction)
     say(f"text: {corpus.description}")
     for note in corpus.notes:
@@ -173,6 +176,38 @@ def start_run(config: Config, out: Path | None, say: Callable[[str], None]) -> R
     _check_text(corpus, config.model.block_size)
     check_space(out, disk_estimate(config, corpus.n_bytes), f"the run {out}")
 
+    def fill(folder: Path) -> Any:
+        tokenizer = _make_tokenizer(config, corpus, say)
+        _write_run(folder, config, corpus, tokenizer)
+        return tokenizer
+
+    return _make_folder(config, out, fill, say)
+
+
+def _start_prepared(config: Config, out: Path, say: Callable[[str], None]) -> Run:
+    """A run on the shards of a prepared folder, which it reads where they are."""
+    source = Path(config.data.source)
+    size = verify_shards(source)
+    say(f"text: the prepared folder {source}, {size:,} bytes, as they were written")
+    own = str((source / "tokenizer.json").resolve())
+    if config.tokenizer.path not in (None, own):
+        raise UserError(f"tokenizer.path: {source} has its own tokenizer; leave it out")
+    config.tokenizer.path = own
+    tokenizer = _make_tokenizer(config, Corpus(source.name, "", [], []), say)
+    check_space(out, disk_estimate(config, 0, tokenizer.n_vocab), f"the run {out}")
+
+    def fill(folder: Path) -> Any:
+        (folder / "data").mkdir()
+        tokenizer.save(folder / "tokenizer.json")
+        link_shards(folder / "data", source)
+        _finish_files(folder, config)
+        return tokenizer
+
+    return _make_folder(config, out, fill, say)
+
+
+def _make_folder(config: Config, out: Path, fill: Callable[[Path], Any], say: Callable[[str], None]) -> Run:
+    """Have `fill` write the files into a temporary folder and return the tokenizer, then give it its name."""
     made = [place for place in (out, *out.parents) if not place.exists()][
         1:
     ]  # parents that this call makes, innermost first
@@ -180,8 +215,7 @@ def start_run(config: Config, out: Path | None, say: Callable[[str], None]) -> R
     try:
         with explain_writing(out):
             temporary.mkdir(parents=True)
-            tokenizer = _make_tokenizer(config, corpus, say)
-            _write_run(temporary, config, corpus, tokenizer)
+            tokenizer = fill(temporary)
             os.rename(temporary, out)  # onto nothing or an empty folder; anything else is an error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -205,6 +239,10 @@ def _write_run(folder: Path, config: Config, corpus: Corpus, tokenizer: Any) -> 
         write_tokens(folder / "data", tokenizer, {"train": corpus.train, "val": corpus.val}, source=corpus.description)
     except (KeyError, ValueError) as error:
         raise UserError(f"the tokenizer cannot encode the text: {error}") from error
+    _finish_files(folder, config)
+
+
+def _finish_files(folder: Path, config: Config) -> None:
     tokens = open_tokens(folder / "data")
     check_length(tokens.train, config.model.block_size, "training")
     check_length(tokens.val, config.model.block_size, "validation")
