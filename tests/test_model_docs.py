@@ -12,7 +12,16 @@ from fastgpt.tokenizer import CharTokenizer
 
 MODULES = (
     *("nn.modules", "nn.mlp", "nn.attention"),
-    *("model.config", "model.gpt", "model.init", "model.bigram", "model.weights", "model.rope"),
+    *(
+        "model.config",
+        "model.gpt",
+        "model.init",
+        "model.bigram",
+        "model.weights",
+        "model.rope",
+        "model.foreign",
+        "model.huggingface",
+    ),
     *("infer.sampling", "infer.cache", "infer.generate", "infer.run"),
 )
 

@@ -10,6 +10,7 @@ save_model(model, "model.safetensors")
 
 from fastgpt.model.bigram import BigramModel
 from fastgpt.model.config import GPTConfig
+from fastgpt.model.gguf import load_gguf, load_gguf_tokenizer, save_gguf
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import INIT_SCHEMES, init_weights
 from fastgpt.model.weights import load_model, load_weights, read_config, save_model
@@ -20,8 +21,11 @@ __all__ = [
     "BigramModel",
     "GPTConfig",
     "init_weights",
+    "load_gguf",
+    "load_gguf_tokenizer",
     "load_model",
     "load_weights",
     "read_config",
+    "save_gguf",
     "save_model",
 ]

@@ -14,8 +14,9 @@ which a state_dict therefore holds once.
 Not here: relative position biases, sliding windows, mixtures of experts.
 """
 
+import os
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from fastgpt.model.init import init_weights
 from fastgpt.model.rope import rope_tables
 from fastgpt.nn import ACTIVATIONS, MLP, CausalSelfAttention, Embedding, LayerCache, LayerNorm, RMSNorm
 from fastgpt.ops.transformer_block import covers
+
+if TYPE_CHECKING:
+    from fastgpt.tokenizer import Tokenizer
 
 
 class Cache(Protocol):
@@ -206,6 +210,45 @@ class GPT(torch.nn.Module):
         if targets is None:
             return logits, None
         return logits, ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | os.PathLike[str],
+        *,
+        block_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "GPT":
+        """Other libraries' models, in evaluation mode.
+
+        Args:
+            path_or_name: a folder of Hugging Face's (GPT-2, Llama, Mistral or Qwen2; safetensors or bin), a checkpoint of nanoGPT's
+                train.py, a .gguf file, or what `save_model` wrote; or a name on the Hugging Face hub, which is downloaded.
+            block_size: a shorter context than the model's.
+            dtype: of the weights, whatever the file's.
+
+        Raises:
+            UserError: no such file, or a model that GPT is not; the message says what differs.
+
+        Example:
+            >>> model.save_pretrained("folder")
+            >>> GPT.from_pretrained("folder").n_params() == model.n_params()
+            True
+        """
+        from fastgpt.model.huggingface import from_pretrained
+
+        return from_pretrained(path_or_name, block_size, dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: "Tokenizer | None" = None) -> None:
+        """Writes a folder that transformers loads to the same logits: config.json, model.safetensors and, with a tokenizer,
+        tokenizer.json.
+
+        Raises:
+            UserError: a configuration that no family of transformers has, or a folder that cannot be written.
+        """
+        from fastgpt.model.huggingface import save_huggingface
+
+        save_huggingface(self, folder, tokenizer)
 
     def _turns(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(cos, sin) of positions start to start + length, (length, D / 2) each; None where positions are learned."""

@@ -160,7 +160,7 @@ def read_huggingface(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _all_pairs(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+def all_pairs(tokens: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every pair of tokens that joins to a token, in order of the result: joining by content, written as a list of
     pairs."""
     pairs = []
@@ -178,7 +178,7 @@ def write_huggingface(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> Non
     tokens = tokenizer.tokens
     by_id = {id: token for token, id in tokens.items()}
     given = tokenizer.merges
-    pairs = [(by_id[left], by_id[right]) for left, right in given] if given else _all_pairs(tokens)
+    pairs = [(by_id[left], by_id[right]) for left, right in given] if given else all_pairs(tokens)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     if tokenizer.pattern_name == "gpt2":
         pre_tokenizer: dict[str, Any] = byte_level | {"use_regex": True}
