@@ -203,6 +203,9 @@ def sample(arguments: Sequence[str]) -> int:
         "--seed", metavar="N", type=int, help="makes the text repeatable (default: none, other text each time)"
     )
     parser.add_argument("--device", metavar="NAME", default="cpu", help="where to run the model (default: %(default)s)")
+    parser.add_argument(
+        "--sheet", metavar="FILE", help="write samples at four temperatures into this Markdown file (default: none)"
+    )
     given = parser.parse(arguments)
     if given.seed is not None and not 0 <= given.seed < 2**63:
         raise UserError(f"--seed is {given.seed}; accepted is a whole number from 0 to 2**63 - 1")
@@ -211,6 +214,12 @@ def sample(arguments: Sequence[str]) -> int:
     from fastgpt.train.run import choose_device
 
     model, tokenizer = load_run(given.run, choose_device(given.device))
+    if given.sheet is not None:
+        from fastgpt.infer.sheet import write_sheet
+
+        write_sheet(Path(given.sheet), model, tokenizer, given)
+        print(f"samples: {given.sheet}")
+        return 0
     pieces = generate_text(
         model,
         tokenizer,
@@ -244,6 +253,13 @@ def bench(arguments: Sequence[str]) -> int:
     return run_benchmarks(list(arguments)) or 0
 
 
+def evaluate(arguments: Sequence[str]) -> int:
+    """`fastgpt evaluate`."""
+    from fastgpt.infer.command import evaluate as run_evaluate
+
+    return run_evaluate(arguments, _parser)
+
+
 def data(arguments: Sequence[str]) -> int:
     """`fastgpt data`."""
     from fastgpt.data.command import main as run_data
@@ -255,6 +271,7 @@ COMMANDS = {
     "train": (train, "train a GPT, or go on with a run"),
     "data": (data, "text, JSONL and Parquet into token shards, and their check"),
     "sample": (sample, "print text from a trained model"),
+    "evaluate": (evaluate, "loss, perplexity and bits a byte of a text; what a run's losses say"),
     "info": (info, "what this machine has and which engine each op will use"),
     "bench": (bench, "run the benchmarks"),
 }
@@ -289,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    lines = "\n".join(f"  {name:8}{text}" for name, (_, text) in COMMANDS.items())
+    lines = "\n".join(f"  {name:9}{text}" for name, (_, text) in COMMANDS.items())
     parser = _parser(
         "", f"Text to a trained GPT to an answer.\n\ncommands:\n{lines}\n\n`fastgpt COMMAND --help` says more."
     )
