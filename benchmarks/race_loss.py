@@ -1,14 +1,14 @@
-"""A race to a validation loss on tiny shakespeare's characters: nanoGPT's CPU run in plain torch against fastgpt, both on this machine.
+"""A race to a validation loss on tiny shakespeare's characters: nanoGPT's CPU run in plain torch against fastgpt, on one machine.
 
     python -m benchmarks.race_loss --data tinyshakespeare.txt
 
-The plain side is nanoGPT's configuration for a CPU (its README: 4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 steps, fp32, no
-compiling) on plain_gpt.py with nanoGPT's starting weights, random crops, schedule and fused AdamW. Its last validation loss is the mark.
-Ours is the same model with what the library offers: xavier weights, every block once an epoch, bf16 where the chip multiplies it, half
-the steps at twice the learning rate. Nothing of it was chosen by the validation loss of this race's text.
+The plain side is nanoGPT's configuration for a CPU (its README: 4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 steps, fp32,
+no compiling) on plain_gpt.py with nanoGPT's starting weights, random crops, schedule and fused AdamW. Its last validation loss is
+the mark. Ours is the same model with what the library offers: xavier weights, every block once an epoch, bf16 where the chip
+multiplies it, half the steps at twice the learning rate. Nothing of it was chosen by the validation loss of this race's text.
 
-Both train on the first 90 % of the text and are evaluated by one function on all of the rest, in fp32. They take turns, SLICE steps at a
-time, each on its own clock: batches, forward, backward, clipping and update count, evaluation does not on either side.
+Both train on the first 90 % of the text and are evaluated by one function on all of the rest, in fp32. They take turns, SLICE
+steps at a time, each on its own clock: batches, forward, backward, clipping and update count, evaluation does not on either side.
 """
 
 import argparse
@@ -101,9 +101,15 @@ def race(text: str, seed: int) -> dict[str, Any]:
     tokenizer = CharTokenizer.train(text)
     ids = tokenizer.encode_numpy(text)
     train, held_out = ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
-    shape = dict(
-        vocab_size=tokenizer.n_vocab, block_size=BLOCK, n_layer=4, n_head=4, n_embd=128, bias=False, activation="gelu"
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": tokenizer.n_vocab,
+        "block_size": BLOCK,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "bias": False,
+        "activation": "gelu",
+    }
     options: dict[str, Any] = {"weight_decay": 0.1, "betas": (0.9, 0.99)}
 
     torch.manual_seed(seed)
