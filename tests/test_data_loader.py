@@ -172,3 +172,26 @@ def test_validation_blocks_are_fixed_spread_and_do_not_overlap():
 def test_all_of_a_short_validation_text_is_read():
     batches = EvalBatches(np.arange(33), 16, 4, n_tokens=10**9)
     assert torch.cat([y for _, y in batches]).flatten().tolist() == list(range(1, 33))
+
+
+@pytest.mark.parametrize("order", ["shuffle", "random"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_ranks_share_a_batch_without_overlap(order: str, world_size: int) -> None:
+    """Any number of processes together read exactly what one reads, row for row."""
+    tokens = np.arange(1000, dtype=np.uint16)
+    one = Loader(tokens, 8, 6, seed=4, order=order)
+    ranks = [Loader(tokens, 8, 6, seed=4, order=order, rank=r, world_size=world_size) for r in range(world_size)]
+    for step in (0, 7, 40):
+        for micro in (0, 1):
+            x, y = one.batch(step, micro, 2)
+            parts = [loader.batch(step, micro, 2) for loader in ranks]
+            assert torch.cat([part[0] for part in parts]).equal(x)
+            assert torch.cat([part[1] for part in parts]).equal(y)
+
+
+def test_ranks_that_do_not_fit() -> None:
+    tokens = np.arange(100, dtype=np.uint16)
+    with pytest.raises(UserError, match=r"batch_size is 6; accepted is a multiple of the 4 processes"):
+        Loader(tokens, 8, 6, seed=1, world_size=4)
+    with pytest.raises(ValueError, match="rank is 2"):
+        Loader(tokens, 8, 6, seed=1, rank=2, world_size=2)

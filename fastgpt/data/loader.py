@@ -51,10 +51,12 @@ class Loader:
         batch_size: B, sequences in a batch.
         seed: decides everything together with the step.
         order: "shuffle" or "random".
+        rank, world_size: where several processes share the work, which of how many this is: each gets its own batch_size / world_size
+            rows of every batch, so together they read what one process would, nothing twice, whatever their number.
 
     Raises:
-        UserError: fewer than block_size + 1 tokens.
-        ValueError: another order.
+        UserError: fewer than block_size + 1 tokens, or a batch that cannot be shared evenly.
+        ValueError: another order, or a rank out of its range.
 
     Example:
         >>> loader = Loader(np.arange(100, dtype=np.uint16), block_size=8, batch_size=2, seed=1)
@@ -63,10 +65,25 @@ class Loader:
         ((2, 8), True)
     """
 
-    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, seed: int, *, order: str = "shuffle") -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        order: str = "shuffle",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         check_length(tokens, block_size, "training")
         if order not in ("shuffle", "random"):
             raise ValueError(f"order is {order!r}; accepted is 'shuffle' or 'random'")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; accepted is 0 to world_size - 1 = {world_size - 1}")
+        if batch_size % world_size:
+            raise UserError(f"train.batch_size is {batch_size}; accepted is a multiple of the {world_size} processes")
+        self.rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.tokens = tokens
         self.block_size = block_size
         self.batch_size = batch_size
@@ -89,17 +106,18 @@ class Loader:
         return self._latest[1]
 
     def batch(self, step: int, micro_step: int = 0, grad_accum_steps: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of optimizer step `step`, part `micro_step` of `grad_accum_steps`: x and y, each (B, T) int64."""
+        """The batch of optimizer step `step`, part `micro_step` of `grad_accum_steps`: x and y, each (B / world_size, T)
+        int64."""
         index = step * grad_accum_steps + micro_step
         if self.order == "random":
             highest = len(self.tokens) - self.block_size
             starts = self._generator(index, stream=0).integers(0, highest, size=self.batch_size)
-            return _gather(self.tokens, starts, self.block_size)
+            return _gather(self.tokens, starts[self.rows], self.block_size)
         starts = np.empty(self.batch_size, dtype=np.int64)
         for row in range(self.batch_size):  # a batch may straddle two epochs
             epoch, place = divmod(index * self.batch_size + row, self.n_blocks)
             starts[row] = self._starts_of_epoch(epoch)[place]
-        return _gather(self.tokens, starts, self.block_size)
+        return _gather(self.tokens, starts[self.rows], self.block_size)
 
     def steps_per_epoch(self, grad_accum_steps: int = 1) -> float:
         """Optimizer steps that read each block once."""
