@@ -1,4 +1,4 @@
-"""The command line: `fastgpt train`, `sample`, `info`, `bench`.
+"""The command line: `fastgpt train`, `sample`, `finetune`, `predict`, `info`, `bench`.
 
 Every option of a run stands in `fastgpt train --help` with its default, made from the dataclasses of fastgpt.train.config: by
 its dotted name (`--train.batch_size 8`) and, for most, by a short one (`--batch-size 8`). torch is imported only by the command
@@ -234,6 +234,32 @@ def sample(arguments: Sequence[str]) -> int:
     return 0
 
 
+def finetune(arguments: Sequence[str]) -> int:
+    """`fastgpt finetune`."""
+    from fastgpt.finetune import command
+
+    parser = _parser(
+        "finetune", "Teach a pretrained GPT to answer, to recognise classes of texts, or to give texts a number."
+    )
+    command.finetune_arguments(parser)
+    given = parser.parse(arguments)
+    from fastgpt.train.heap import keep_pages
+    from fastgpt.train.threads import wait_politely
+
+    keep_pages()  # before torch takes its first memory
+    wait_politely()  # before torch loads OpenMP
+    return command.finetune(given)
+
+
+def predict(arguments: Sequence[str]) -> int:
+    """`fastgpt predict`."""
+    from fastgpt.finetune import command
+
+    parser = _parser("predict", "Print the classes of texts with their probabilities, or their numbers.")
+    command.predict_arguments(parser)
+    return command.predict(parser.parse(arguments))
+
+
 def info(arguments: Sequence[str]) -> int:
     """`fastgpt info`."""
     parser = _parser(
@@ -272,6 +298,8 @@ COMMANDS = {
     "data": (data, "text, JSONL and Parquet into token shards, and their check"),
     "sample": (sample, "print text from a trained model"),
     "evaluate": (evaluate, "loss, perplexity and bits a byte of a text; what a run's losses say"),
+    "finetune": (finetune, "teach a trained GPT conversations, classes or numbers"),
+    "predict": (predict, "classes or numbers of texts, from a fine-tuned model"),
     "info": (info, "what this machine has and which engine each op will use"),
     "bench": (bench, "run the benchmarks"),
 }
@@ -306,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    lines = "\n".join(f"  {name:9}{text}" for name, (_, text) in COMMANDS.items())
+    lines = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
     parser = _parser(
         "", f"Text to a trained GPT to an answer.\n\ncommands:\n{lines}\n\n`fastgpt COMMAND --help` says more."
     )

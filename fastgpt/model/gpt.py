@@ -179,6 +179,30 @@ class GPT(torch.nn.Module):
             ValueError: idx is not (B, T) with T >= 1, or its end lies beyond block_size, or targets have another shape.
             IndexError: a token id that is negative or not below vocab_size (raised by torch, on the CPU).
         """
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted: that of idx, {tuple(idx.shape)}")
+        x = self._residual(idx, cache)  # (B, T, C)
+        if targets is None and not all_logits:
+            x = x[:, -1:]  # (B, 1, C): the head is most of a small model's work
+        x = self.ln_f(x)
+        if targets is not None and not need_logits:
+            rows = x.view(-1, x.shape[-1])
+            return None, ops.linear_cross_entropy(rows, self.head_weight, targets.reshape(-1))
+        logits = F.linear(x, self.head_weight)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+    def features(self, idx: torch.Tensor) -> torch.Tensor:
+        """What the head reads: (B, T, C) after the final norm, of (B, T) token ids.
+
+        Raises:
+            ValueError, IndexError: as forward.
+        """
+        return self.ln_f(self._residual(idx, None))
+
+    def _residual(self, idx: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """The residual stream (B, T, C) after the last block."""
         if idx.dim() != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx: got shape {tuple(idx.shape)}; accepted: (B, T) with T of at least 1")
         T = idx.shape[1]
@@ -186,8 +210,6 @@ class GPT(torch.nn.Module):
         if start + T > self.config.block_size:
             cached = f" after {start} cached" if start else ""
             raise ValueError(f"idx: got {T} tokens{cached}; accepted: at most block_size = {self.config.block_size}")
-        if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted: that of idx, {tuple(idx.shape)}")
 
         x = self.wte(idx)  # (B, T, C)
         if self._rope is None:
@@ -200,16 +222,7 @@ class GPT(torch.nn.Module):
         else:
             for block, layer_cache in zip(self.h, cache.layers, strict=True):
                 x = block(x, layer_cache, rope)  # (B, T, C)
-        if targets is None and not all_logits:
-            x = x[:, -1:]  # (B, 1, C): the head is most of a small model's work
-        x = self.ln_f(x)
-        if targets is not None and not need_logits:
-            rows = x.view(-1, x.shape[-1])
-            return None, ops.linear_cross_entropy(rows, self.head_weight, targets.reshape(-1))
-        logits = F.linear(x, self.head_weight)  # (B, T, V)
-        if targets is None:
-            return logits, None
-        return logits, ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        return x
 
     @classmethod
     def from_pretrained(

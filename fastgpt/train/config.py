@@ -189,6 +189,21 @@ def convert(key: str, value: Any, *, from_text: bool = False) -> Any:
         raise UserError(f"unknown option {key!r}{nearest(key, known)}")
     section, name = key.split(".")
     hint = typing.get_type_hints(sections()[section])[name]
+    return convert_value(key, value, hint, known[key].metadata, from_text=from_text)
+
+
+def convert_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], *, from_text: bool = False) -> Any:
+    """Check `value` against a type and the limits of its `option`, and return it in that type.
+
+    Args:
+        key: its name in messages.
+        value: what was given; with from_text the string of the command line.
+        hint: bool, int, float or str, or one of them | None.
+        limits: the metadata of an `option`.
+
+    Raises:
+        UserError: the wrong type or out of range.
+    """
     optional = isinstance(hint, types.UnionType)
     kind = next(arg for arg in typing.get_args(hint) if arg is not type(None)) if optional else hint
     accepted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
@@ -207,7 +222,6 @@ def convert(key: str, value: Any, *, from_text: bool = False) -> Any:
     if type(value) is not kind:
         raise UserError(f"{key} is {given!r}; accepted is {accepted}")
 
-    limits = known[key].metadata
     if "choices" in limits and value not in limits["choices"]:
         raise UserError(f"{key} is {given!r}; accepted is one of {', '.join(limits['choices'])}")
     if (kind is float and value != value) or value in (float("inf"), float("-inf")):
