@@ -260,6 +260,17 @@ def predict(arguments: Sequence[str]) -> int:
     return command.predict(parser.parse(arguments))
 
 
+def chat(arguments: Sequence[str]) -> int:
+    """`fastgpt chat`."""
+    from fastgpt.finetune import command
+
+    parser = _parser(
+        "chat", "Talk to a model that was fine-tuned on conversations: a question a line, answers as they are made."
+    )
+    command.chat_arguments(parser)
+    return command.chat(parser.parse(arguments))
+
+
 def info(arguments: Sequence[str]) -> int:
     """`fastgpt info`."""
     parser = _parser(
@@ -300,6 +311,7 @@ COMMANDS = {
     "evaluate": (evaluate, "loss, perplexity and bits a byte of a text; what a run's losses say"),
     "finetune": (finetune, "teach a trained GPT conversations, classes or numbers"),
     "predict": (predict, "classes or numbers of texts, from a fine-tuned model"),
+    "chat": (chat, "talk to a model that was fine-tuned on conversations"),
     "info": (info, "what this machine has and which engine each op will use"),
     "bench": (bench, "run the benchmarks"),
 }

@@ -148,7 +148,7 @@ def classes(base, tmp_path_factory):
         [
             *map(str, arguments),
             "--epochs",
-            "8",
+            "14",
             "--batch-size",
             "8",
             "--learning-rate",
@@ -165,7 +165,7 @@ def classes(base, tmp_path_factory):
 
 def test_classes_are_learned_and_measured(classes):
     lines = [json.loads(line) for line in (classes / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 8
+    assert len(lines) == 14
     assert lines[-1]["val_accuracy"] == 1.0
     assert lines[-1]["val_f1"] == 1.0
     assert lines[0]["train_loss"] > 2 * lines[-1]["train_loss"]

@@ -3,5 +3,5 @@
 records    reading labelled texts and conversations
 classify   heads for classes and numbers, training and prediction;  head: the module;  scores: what is measured
 loop       the training loop;  recipe, options: what it is told
-command    `fastgpt finetune` and `fastgpt predict`
+command    `fastgpt finetune`, `predict` and `chat`
 """

@@ -1,10 +1,11 @@
-"""`fastgpt finetune` and `fastgpt predict`: arguments to options, a run folder, and what is printed.
+"""`fastgpt finetune`, `predict` and `chat`: arguments to options, a run folder, and what is printed.
 
 RUN/tokenizer.json     the tokenizer
     options.json       what the run was told
     metrics.jsonl      one line for each measurement of the held-out part
     summary.json       the last of them, and for classes the confusion matrix
-    head.safetensors   the weights (a conversation's: model.safetensors)
+    head.safetensors   the weights of a head; of conversations: model.safetensors
+        adapter/           with LoRA, peft's two files; base.safetensors is the model it belongs to
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgpt.errors import UserError
 from fastgpt.finetune.options import Options, load_options, preset_names
-from fastgpt.finetune.records import Labelled, read_labelled, read_texts
+from fastgpt.finetune.records import Labelled, read_conversations, read_labelled, read_texts
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,57 @@ def finetune(given: argparse.Namespace) -> int:
     options = load_options(preset, values)
     if write_text is None and run is None:
         raise UserError("which model? Give the run folder of a pretrained one: fastgpt finetune RUN --data FILE")
+    if options.task == "chat":
+        if write_text is not None:
+            raise UserError("--write-text is for labelled texts: --task classify or regress")
+        return _finetune_chat(run, data, out, options)
     return _finetune_head(run, data, out, write_text, options)
+
+
+def _finetune_chat(run: str, data: Path, out: str | None, options: Options) -> int:
+    conversations = read_conversations(data, options.encoding)
+    model, tokenizer, dtype = load_base(run, options)
+
+    import torch
+
+    from fastgpt.finetune.chat import add_marks, grow_vocabulary, train_chat
+    from fastgpt.model import save_model
+
+    torch.manual_seed(options.seed)
+    marked = add_marks(tokenizer)
+    grown = grow_vocabulary(model, marked.n_vocab)
+    folder = make_folder(out, data)
+    save_inputs(folder, marked, run, data, options)
+    lora = None
+    if options.lora_rank:
+        new_rows = grown is not model or marked is not tokenizer
+        whole = (["wte"] if grown.config.tied_head else ["wte", "lm_head"]) if new_rows else []
+        lora = {
+            "rank": options.lora_rank,
+            "alpha": options.lora_alpha,
+            "dropout": options.lora_dropout,
+            "train_whole": whole,
+        }
+        save_model(grown, folder / "base.safetensors")  # what the adapter belongs to
+    summary = train_chat(
+        grown,
+        marked,
+        conversations,
+        folder,
+        recipe=options.recipe(),
+        val_fraction=options.val_fraction,
+        split_seed=options.split_seed,
+        lora=lora,
+        dtype=dtype,
+        base="base.safetensors",
+        say=_say,
+    )
+    print(
+        f"{summary['val_conversations']:,} held-out conversations: loss of the answers {summary['val_loss']:.4f} nats a token "
+        f"at step {summary['best_step']:,} of {summary['steps']:,}, whose weights are kept"
+    )
+    print(f"run folder: {folder}", flush=True)
+    return 0
 
 
 def _finetune_head(run: str, data: Path, out: str | None, write_text: str | None, options: Options) -> int:
@@ -254,3 +305,71 @@ def predict(given: argparse.Namespace, write: Callable[[str], object] = print) -
         words = " ".join(text.split())
         write("  ".join([*cells, words if len(words) <= 60 else words[:57] + "..."]))
     return 0
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fastgpt chat`."""
+    parser.add_argument("run", metavar="RUN", help="the run folder of `fastgpt finetune` on conversations")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first (default: nothing)")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=256, help="longest answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="X", type=float, default=0.7, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--top-k", metavar="N", type=int, default=50, help="0: all tokens (default: %(default)s)")
+    parser.add_argument(
+        "--top-p",
+        metavar="X",
+        type=float,
+        default=0.95,
+        help="draw from the fewest that reach X (default: %(default)s)",
+    )
+    parser.add_argument("--seed", metavar="N", type=int, help="makes the answers repeatable (default: none)")
+    parser.add_argument("--device", metavar="NAME", default="cpu", help="where to run the model (default: %(default)s)")
+
+
+def chat(given: argparse.Namespace) -> int:
+    """`fastgpt chat`: one question a line of stdin, answers as they are made; /reset forgets, /exit and the end of input leave."""
+    if given.seed is not None and not 0 <= given.seed < 2**62:
+        raise UserError(f"--seed is {given.seed}; accepted is a whole number from 0 to 2**62 - 1")
+
+    from fastgpt.finetune.chat import Chat
+    from fastgpt.infer import load_run
+    from fastgpt.tokenizer import Tokenizer
+    from fastgpt.train.run import choose_device
+
+    model, tokenizer = load_run(given.run, choose_device(given.device))
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(
+            f"{given.run}: has a character tokenizer; accepted is a run of fastgpt finetune on conversations"
+        )
+    talk = Chat(
+        model,
+        tokenizer,
+        system=given.system,
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
+        top_k=given.top_k or None,
+        top_p=given.top_p,
+        seed=given.seed,
+    )
+    asks = sys.stdin.isatty()
+    if asks:
+        _say("/reset forgets the conversation, /exit leaves")
+    while True:
+        if asks:
+            sys.stdout.write("> ")
+            sys.stdout.flush()
+        line = sys.stdin.readline()
+        question = line.strip()
+        if not line or question in ("/exit", "/quit"):
+            return 0
+        if question == "/reset":
+            talk.reset()
+        elif question:
+            for piece in talk.ask(question):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            sys.stdout.flush()
