@@ -20,8 +20,10 @@ _LAZY = {
     "get_encoding": "fastgpt.tokenizer",
     "GPT": "fastgpt.model",
     "GPTConfig": "fastgpt.model",
+    "accelerate": "fastgpt.compat",
+    "restore": "fastgpt.compat",
 }
-_SUBMODULES = ("data", "infer", "model", "nn", "ops", "tokenizer", "train")
+_SUBMODULES = ("compat", "data", "functional", "infer", "model", "nn", "ops", "tokenizer", "train")
 
 __all__ = [
     "GPT",
@@ -29,13 +31,16 @@ __all__ = [
     "GPTConfig",
     "Tokenizer",
     "__version__",
+    "accelerate",
     "get_encoding",
     "load_tokenizer",
+    "restore",
     *_SUBMODULES,
 ]
 
 if TYPE_CHECKING:
-    from fastgpt import data, infer, model, nn, ops, tokenizer, train
+    from fastgpt import compat, data, functional, infer, model, nn, ops, tokenizer, train
+    from fastgpt.compat import accelerate, restore
     from fastgpt.model import GPT, GPTConfig
     from fastgpt.tokenizer import CharTokenizer, Tokenizer, get_encoding, load_tokenizer
 

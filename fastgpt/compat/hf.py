@@ -1,0 +1,81 @@
+"""attn_implementation="fastgpt" for transformers.
+
+    fastgpt.compat.hf.register()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fastgpt")
+
+Masks are those of "sdpa": where none is needed there is none, and `ops.attention` computes the layer. With a mask (left padding, a
+sliding window shorter than the text), dropout on the probabilities or a position bias, transformers' own sdpa does; this is logged
+once.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from fastgpt import ops
+
+NAME = "fastgpt"
+_log = logging.getLogger("fastgpt")
+
+
+@functools.cache
+def _log_once(what: str) -> None:
+    _log.info("attention with %s is computed by transformers' sdpa", what)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query (B, H, T, D), key and value (B, H_kv, T_k, D) to (B, T, H, D), None."""
+    what = None
+    if attention_mask is not None:
+        what = "a mask"
+    elif dropout:
+        what = "dropout on the probabilities"
+    elif any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
+        what = "a position bias, a soft cap or a paged cache"
+    elif key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.dtype != key.dtype:
+        what = "keys and values of different kinds"
+    if what is not None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        _log_once(what)
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        return result
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
+    if causal:  # keys behind the last query (a cache of a fixed size, not full yet) are seen by none
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    return ops.attention(query, key, value, is_causal=causal, scale=scaling).transpose(1, 2), None
+
+
+def register() -> None:
+    """Makes attn_implementation="fastgpt" known to transformers; twice does no harm.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

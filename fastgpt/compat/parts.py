@@ -1,0 +1,98 @@
+"""Subclasses that compute another library's modules with our ops.
+
+A module is accelerated by giving it a class that derives from its own: weights, hooks, names in the state_dict, device and mode are
+untouched, `isinstance` still holds, and giving the old class back undoes it. The classes of other libraries' modules are made here at
+their first use, and again by name when a pickle asks for one (`__getattr__`).
+
+Each `forward` looks at what it got and hands what the ops do not do to the class below.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.functional import scaled_dot_product_attention
+
+
+class RMSNormPart(torch.nn.Module):
+    """Hugging Face's RMS norms (weight, variance_epsilon). The product with the weight is rounded once, where theirs rounds twice."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:  # theirs promotes
+            return super().forward(hidden_states)
+        return ops.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class GatedMLPPart(torch.nn.Module):
+    """Llama's MLP in Hugging Face: down_proj(silu(gate_proj(x)) * up_proj(x)); the projections are called as modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
+        y: Tensor = self.down_proj(ops.swiglu(gate, up))  # type: ignore[operator]
+        return y
+
+
+class GELUTanhPart(torch.nn.Module):
+    """gelu in the tanh form, which GPT-2's code in Hugging Face, and minGPT's, write in eight operations."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.gelu(input, approximate="tanh")
+
+
+class LayerNormPart(torch.nn.Module):
+    """nanoGPT's LayerNorm, with an optional bias and eps = 1e-5."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttentionPart(torch.nn.Module):
+    """nanoGPT's and minGPT's attention: one projection, the heads side by side, dropout on the probabilities only while training."""
+
+    c_attn: torch.nn.Module
+    c_proj: torch.nn.Module
+    resid_dropout: torch.nn.Module
+    attn_dropout: torch.nn.Dropout
+    n_head: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.attn_dropout.p:
+            return super().forward(x)
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+_PARTS = {
+    part.__name__: part for part in (RMSNormPart, GatedMLPPart, GELUTanhPart, LayerNormPart, CausalSelfAttentionPart)
+}
+
+
+@functools.cache
+def derived(part: type[torch.nn.Module], base: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The class that computes `base` by `part`; it keeps the base's name, and is found again by its qualified name."""
+    where = f"{part.__name__}:{base.__module__}:{base.__qualname__}".replace(".", "/")
+    made = type(base.__name__, (part, base), {"__module__": __name__, "__doc__": part.__doc__})
+    made.__qualname__ = where
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    part, *base = name.split(":")
+    if part not in _PARTS or len(base) != 2:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: Any = importlib.import_module(base[0].replace("/", "."))
+    for step in base[1].split("/"):
+        found = getattr(found, step)
+    return derived(_PARTS[part], found)

@@ -1,0 +1,314 @@
+"""fastgpt.accelerate and restore on models of torch.nn parts, of nanoGPT's kind, and of transformers with random weights."""
+
+import copy
+import functools
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastgpt
+from fastgpt import nn
+
+SEEDS = 8
+
+
+class LayerNorm(torch.nn.Module):
+    """nanoGPT's, with an optional bias."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(width))
+        self.bias = torch.nn.Parameter(torch.rand(width)) if bias else None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, self.eps())
+
+    def eps(self) -> float:
+        return 1e-5
+
+
+class NewGELU(torch.nn.Module):
+    """minGPT's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class CausalSelfAttention(torch.nn.Module):
+    """nanoGPT's and minGPT's parts; the mask written out, as minGPT does."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+        self.attn_dropout, self.resid_dropout = torch.nn.Dropout(dropout), torch.nn.Dropout(dropout)
+        self.register_buffer("bias", torch.ones(64, 64).tril().view(1, 1, 64, 64))
+        self.n_head, self.scale = heads, (width // heads) ** -0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = (p.view(B, T, self.n_head, -1).transpose(1, 2) for p in self.c_attn(x).split(C, dim=2))
+        att = (q @ k.transpose(-2, -1) * self.scale).masked_fill(self.bias[:, :, :T, :T] == 0, -math.inf)
+        y = self.attn_dropout(att.softmax(-1)) @ v
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class Kin(torch.nn.Module):
+    """A small model of these parts and torch's."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.wte = torch.nn.Embedding(50, 32)
+        self.parts = torch.nn.Sequential(
+            LayerNorm(32, bias=True),
+            CausalSelfAttention(32, 4, dropout),
+            torch.nn.RMSNorm(32, eps=1e-5),
+            torch.nn.Linear(32, 64),
+            NewGELU(),
+            torch.nn.Linear(64, 32),
+            torch.nn.GELU(),
+            torch.nn.LayerNorm(32),
+            torch.nn.Dropout(dropout),
+        )
+        self.head = torch.nn.Linear(32, 50, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.head(self.parts(self.wte(idx)))
+
+
+def gradients(model: torch.nn.Module, idx: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits and gradients in float64."""
+    model.zero_grad()
+    logits = model(idx)
+    logits = getattr(logits, "logits", logits)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), idx[:, 1:].flatten()).backward()
+    found = {"logits": logits} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().double().clone() for name, value in found.items()}
+
+
+def assert_as_close_as_before(build, *, autocast: bool = False):
+    """After accelerate the error against float64 is at most twice what it was before; the last model, its input and the report.
+
+    The error is the root mean square over SEEDS models: one small gradient in bf16 has few roundings in it, and the ratio of
+    two such sums from a single draw reached 2.03 where 16 draws together gave 0.92.
+    """
+    errors: dict[str, list[float]] = {}
+    for seed in range(SEEDS):
+        model, idx = build(seed)
+        exact = gradients(copy.deepcopy(model).double(), idx)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            before = gradients(model, idx)
+            report = fastgpt.accelerate(model)
+            after = gradients(model, idx)
+        assert before.keys() == after.keys() == exact.keys()
+        scale = max(value.norm() for name, value in exact.items() if name != "logits")
+        for name, want in exact.items():
+            size = want.norm() if name == "logits" else scale
+            sums = errors.setdefault(name, [0.0, 0.0])
+            for i, run in enumerate((after, before)):
+                sums[i] += float((run[name] - want).norm() / size) ** 2 / SEEDS
+    for name, (ours, torchs) in errors.items():
+        limit = 2 * torchs**0.5 + torch.finfo(torch.float32).eps
+        assert ours**0.5 <= limit, f"{name}: {ours**0.5:.2e}, before {torchs**0.5:.2e}"
+    return model, idx, report
+
+
+def kin(seed: int = 0, **options) -> tuple[Kin, torch.Tensor]:
+    torch.manual_seed(seed)
+    return Kin(**options), torch.randint(50, (3, 17))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_numbers_stay_and_the_report_names_the_parts(autocast: bool) -> None:
+    model, _, report = assert_as_close_as_before(kin, autocast=autocast)
+    assert report.replaced == {"LayerNorm": 2, "CausalSelfAttention": 1, "RMSNorm": 1, "NewGELU": 1, "GELU": 1}
+    assert "Linear" in report.left
+    assert "replaced 1 x NewGELU" in str(report)
+    assert type(model.parts[7]) is nn.LayerNorm
+    assert isinstance(model.parts[0], LayerNorm)
+    assert model.head.weight is model.wte.weight
+    assert not fastgpt.accelerate(model).replaced
+
+
+def test_weights_stay_where_they_are_and_restore_undoes_all() -> None:
+    model, _ = kin()
+    classes = [type(module) for module in model.modules()]
+    weights = {name: p.data_ptr() for name, p in model.named_parameters()}
+    fastgpt.accelerate(model)
+    assert classes != [type(module) for module in model.modules()]
+    assert weights == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert fastgpt.restore(model) == 6
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_our_ops_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, idx = kin()
+    fastgpt.accelerate(model)
+    model(idx)
+    monkeypatch.setattr("fastgpt.compat.parts.scaled_dot_product_attention", None)
+    with pytest.raises(TypeError):
+        model(idx)
+    fastgpt.restore(model)
+    model(idx)
+
+
+def test_dropout_on_the_probabilities_stays_theirs() -> None:
+    model, idx = kin(dropout=0.5)
+    torch.manual_seed(3)
+    want = model(idx)
+    fastgpt.accelerate(model)
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(idx), want)
+    assert not torch.equal(model.eval()(idx), want)
+
+
+def test_a_part_with_other_results_is_left_alone() -> None:
+    class Other(LayerNorm):
+        def eps(self) -> float:
+            return 0.5
+
+    Other.__name__ = "LayerNorm"
+    model = torch.nn.Sequential(Other(8, bias=False), torch.nn.ReLU(), torch.nn.SiLU(inplace=True)).train()
+    report = fastgpt.accelerate(model)
+    assert not report.replaced
+    assert report.left["LayerNorm"] == "its results are others"
+    assert report.left["SiLU"] == "inplace=True"
+    assert all(module.training for module in model.modules())
+
+
+def test_copies_pickles_hooks_and_state() -> None:
+    model, idx = kin()
+    seen = []
+    state = copy.deepcopy(model.state_dict())
+    fastgpt.accelerate(model)
+    want = model(idx)
+    handle = model.parts[0].register_forward_hook(lambda *_: seen.append(1))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(idx), want)
+    assert seen == [1]
+    handle.remove()
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(idx), want)
+    assert type(loaded.parts[1]) is type(model.parts[1])
+    assert fastgpt.restore(loaded) == 6
+    assert type(loaded.parts[1]) is CausalSelfAttention
+    assert model.state_dict().keys() == state.keys()
+    model.load_state_dict(state)
+    assert torch.equal(model(idx), want)
+
+
+def test_compiles() -> None:
+    model, idx = kin()
+    fastgpt.accelerate(model)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(idx), model(idx))
+
+
+def test_what_is_no_model_raises() -> None:
+    with pytest.raises(TypeError, match=r"model: got dict; accepted: a torch.nn.Module"):
+        fastgpt.accelerate({})  # type: ignore[arg-type]
+    assert str(fastgpt.accelerate(torch.nn.Flatten())) == "nothing that fastgpt knows"
+
+
+FAMILIES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+    "gpt_neox": {"rotary_pct": 0.5, "hidden_act": "gelu"},
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 32},
+    "qwen2": {"num_key_value_heads": 2},
+}
+
+
+def hugging_face(family: str, seed: int = 0):
+    transformers = pytest.importorskip("transformers")
+    values = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0} | FAMILIES[family]
+    if family != "gpt2":
+        values |= {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+        }
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(family, **values)
+    return transformers.AutoModelForCausalLM.from_config(config), torch.randint(50, (3, 17))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_numbers_stay(family: str, autocast: bool) -> None:
+    model, _, report = assert_as_close_as_before(functools.partial(hugging_face, family), autocast=autocast)
+    assert report.replaced[f"attention of {family}"] >= 1
+    assert sum(report.replaced.values()) > 4
+    fastgpt.restore(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("fastgpt" in type(module).__module__ for module in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_generates_the_same(family: str) -> None:
+    """With a cache, in a batch, with left padding, beyond Mistral's window."""
+    model, idx = hugging_face(family)
+    model.eval()
+    padded = torch.ones_like(idx)
+    padded[0, :5] = 0
+    for mask in (torch.ones_like(idx), padded):
+        options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+        options |= {"output_scores": True, "return_dict_in_generate": True}
+        before = model.generate(idx, **options)
+        fastgpt.accelerate(model)
+        after = model.generate(idx, **options)
+        fastgpt.restore(model)
+        torch.testing.assert_close(torch.stack(after.scores), torch.stack(before.scores), rtol=1e-3, atol=1e-4)
+        assert torch.equal(after.sequences, before.sequences)
+
+
+def test_registered_attention_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, idx = hugging_face("llama")
+    want = model(idx).logits
+    fastgpt.compat.hf.register()
+    model.set_attn_implementation("fastgpt")
+    torch.testing.assert_close(model(idx).logits, want)
+    monkeypatch.setattr("fastgpt.compat.hf.ops", None)
+    with pytest.raises(AttributeError):
+        model(idx)
+    mask = torch.ones_like(idx)
+    mask[0, :5] = 0
+    model(idx, attention_mask=mask)  # a mask is transformers' sdpa's
+
+
+def test_an_attention_that_the_user_chose_stays() -> None:
+    model, _ = hugging_face("llama")
+    model.set_attn_implementation("eager")
+    report = fastgpt.accelerate(model)
+    assert "attention of llama" in report.left
+    assert model.config._attn_implementation == "eager"
+
+
+def test_lora_on_top_and_below() -> None:
+    peft = pytest.importorskip("peft")
+    model, idx = hugging_face("llama")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    want = adapted(idx).logits
+    assert fastgpt.accelerate(adapted).replaced["LlamaMLP"] == 2
+    torch.testing.assert_close(adapted(idx).logits, want)
+    adapted(idx, labels=idx).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    assert sum("gate_proj.lora" in name for name in trained) == 4
+
+
+def test_hugging_face_state_copies_and_pickles(tmp_path) -> None:
+    model, idx = hugging_face("llama")
+    fastgpt.accelerate(model)
+    want = model(idx).logits
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(idx).logits, want)
+        fastgpt.restore(copied)
+        torch.testing.assert_close(copied(idx).logits, want)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path)(idx).logits, want)
