@@ -198,6 +198,9 @@ def attention(
     dim: int,
     scale: float,
     causal: bool,
+    seed: int,
+    threshold: int,
+    drop_scale: float,
     threads: int,
     /,
 ) -> None: ...
@@ -228,6 +231,9 @@ def attention_backward(
     dim: int,
     scale: float,
     causal: bool,
+    seed: int,
+    threshold: int,
+    drop_scale: float,
     threads: int,
     /,
 ) -> None: ...

@@ -20,6 +20,9 @@
 //
 // Backward and forward round scale * s alike, so that lse takes a lone or dominant score away exactly.
 //
+// Dropout takes weights out of P V, not out of the sums: O = (M P) V with M 0 or 1 / (1 - p), made again in the
+// backward.
+//
 // Storage is fp32 or bf16, sums and softmax are fp32; where the chip multiplies bf16 pairs, P and dS are rounded to
 // bf16 for the products.
 
@@ -228,15 +231,18 @@ INLINE void on_team(int team, const Body& body) {
   body();
 }
 
+// clang-format off: the backward and the forward use what stands before them
+#include "cpu/attention_dropout.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/attention_decode.inl"
 #include "cpu/attention_forward.inl"
+// clang-format on
 
 void attention(const AttentionArgs& a, int threads) {
   if (a.batch * a.heads * a.queries == 0) return;
   with_type(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    if (a.queries == 1 && a.keys > kBlock) {
+    if (a.queries == 1 && a.keys > kBlock && a.dropout.threshold == 0) {
       attention_decode<T>(a, threads);
     } else {
       attention_forward<T>(a, threads);

@@ -41,6 +41,7 @@ struct BackwardTask {
   Element *k_rows, *v_rows;         // (kBlock, row_ld)
   Element* k_pairs;                 // (kBlock / kTerms, wide); k_rows itself where an element is a float
   float *s, *dp;                    // (kBlock, kBlock): a key a row
+  float* drop;                      // (kBlock, kBlock): dropout's factors, a key a row
   Element *p_rows, *ds_rows;        // (kBlock, kBlock / kTerms); s and dp themselves where an element is a float
   Element* ds_pairs;                // (kBlock / kTerms, kBlock); dp itself where an element is a float
   float *dq, *delta;
@@ -53,12 +54,13 @@ struct BackwardTask {
         row_ld(round_up(depth, kLanes)),
         columns(static_cast<int>(wide / kLanes)) {
     const int64_t block = Arena::room(kBlock * wide), square = kBlock * kBlock;
-    Arena arena(8 * block + 5 * square + 2 * kBlock);
+    Arena arena(8 * block + 6 * square + 2 * kBlock);
     for (Element** p : {&q_columns, &do_columns, &q_pairs, &do_pairs}) *p = arena.take<Element>(kBlock * wide);
     k_rows = arena.take<Element>(kBlock * row_ld);
     v_rows = arena.take<Element>(kBlock * row_ld);
     s = arena.take<float>(square);
     dp = arena.take<float>(square);
+    drop = a.dropout.threshold > 0 ? arena.take<float>(square) : nullptr;
     if constexpr (kTerms == 1) {
       k_pairs = k_rows;
       p_rows = s;
@@ -110,7 +112,8 @@ struct BackwardTask {
     }
   }
 
-  // P and dS from s and dp; 0 where masked.
+  // P and dS from s and dp; 0 where masked. With dropout's factors M, what dV takes is M P, and dS = P (M dP - delta).
+  template <bool kDrops>
   void weights(const Window& w) {
     for (int j = 0; j < round_up(w.keys, kTileRows); j += 2) {
       const bool masked = w.masked(j, 2);
@@ -122,7 +125,13 @@ struct BackwardTask {
         for (int r = 0; r < 2; ++r) {
           const int64_t place = (j + r) * kBlock + lane;
           p[r] = exp2<kShort>((load(s + place) * a.scale - row_lse) * kLog2E);
-          ds[r] = p[r] * (load(dp + place) - row_delta);
+          if constexpr (kDrops) {
+            const Vec factor = load(drop + place);
+            ds[r] = p[r] * (load(dp + place) * factor - row_delta);
+            p[r] = p[r] * factor;
+          } else {
+            ds[r] = p[r] * (load(dp + place) - row_delta);
+          }
           if (masked) {
             p[r] = w.apply(j + r, c, p[r], 0.0f);
             ds[r] = w.apply(j + r, c, ds[r], 0.0f);
@@ -210,7 +219,12 @@ struct BackwardTask {
             more ? ahead<T>(a.k, b, kv_head, j1, last, a.dim) : ahead<T>(a.q, b, h, i1, a.queries, a.dim));
       score(w, v_rows, do_columns, dp,
             more ? ahead<T>(a.v, b, kv_head, j1, last, a.dim) : ahead<T>(a.do_, b, h, i1, a.queries, a.dim));
-      weights(w);
+      if (drop == nullptr) {
+        weights<false>(w);
+      } else {
+        dropout_factors(a, w, b * a.heads + h, i0, j0, drop);
+        weights<true>(w);
+      }
       add_to_queries(w, nq, j0 == 0, more ? Ahead<T>{} : ahead<T>(a.o, b, h, i1, a.queries, a.dim),
                      more ? Ahead<T>{} : ahead<T>(a.dq, b, h, i0, i1, a.dim));
       std::atomic<int64_t>& added = work.added[j0 / kBlock];

@@ -24,6 +24,7 @@ struct ForwardTask {
   float* s;                   // (kBlock, kBlock): scores, a key a row
   Element* p;                 // (kBlock / kTerms, kBlock): weights, transposed; s itself where an element is a float
   const float scale;          // >= 0, times log2(e): the sign goes into q
+  float* drop;                // (kBlock, kBlock): dropout's factors, a key a row
   Ahead<T> next_k, next_v;
   T* q_signed;  // (kBlock, dim): q with the scale's sign, where that is not +
   Panel panels[kPanels];
@@ -35,11 +36,12 @@ struct ForwardTask {
         k_ld(round_up(depth, kLanes)),
         scale(exponent_scale(a.scale)) {
     const int64_t block = Arena::room(kBlock * wide), lanes = Arena::room(kBlock);
-    Arena arena((3 + 2 * kPanels) * block + 2 * kBlock * kBlock + 2 * kPanels * lanes + kPanels * kBlock);
+    Arena arena((3 + 2 * kPanels) * block + 3 * kBlock * kBlock + 2 * kPanels * lanes + kPanels * kBlock);
     k = arena.take<Element>(kBlock * k_ld);
     v = arena.take<Element>(kBlock / kTerms * wide);
     s = arena.take<float>(kBlock * kBlock);
     p = kTerms == 1 ? reinterpret_cast<Element*>(s) : arena.take<Element>(kBlock / kTerms * kBlock);
+    drop = a.dropout.threshold > 0 ? arena.take<float>(kBlock * kBlock) : nullptr;
     q_signed = reinterpret_cast<T*>(arena.take<float>(kBlock * wide));
     for (Panel& panel : panels) {
       panel.q = arena.take<Element>(depth * kBlock);
@@ -90,6 +92,7 @@ struct ForwardTask {
 
   // p = 2^(scale (s - most)) and its sums. The difference first: it is exact where the weight is large, and never
   // positive, however large the scores.
+  template <bool kDrops>
   void weights(const Panel& panel, const Window& w, const float* alpha, const Vec* safe) {
     for (int c = 0; c < w.vectors; ++c) {
       const int lane = c * kLanes;
@@ -100,7 +103,11 @@ struct ForwardTask {
         const Vec odd = exp2<kShort>((load(s + (j + 1) * kBlock + lane) - safe[c]) * scale);
         even_sum = even_sum + even;
         odd_sum = odd_sum + odd;
-        store_weights(j, lane, even, odd);
+        if constexpr (kDrops) {
+          store_weights(j, lane, even * load(drop + j * kBlock + lane), odd * load(drop + (j + 1) * kBlock + lane));
+        } else {
+          store_weights(j, lane, even, odd);
+        }
       }
       store(panel.sum + lane, fma(load(panel.sum + lane), load(alpha + lane), even_sum + odd_sum));
     }
@@ -116,11 +123,17 @@ struct ForwardTask {
     }
   }
 
-  void block(const Panel& panel, const Window& w, int64_t nq, bool first) {
+  void block(const Panel& panel, const Window& w, int64_t head, int64_t i0, int64_t nq, int64_t j0) {
+    const bool first = j0 == 0;
     alignas(64) float alpha[kBlock];
     Vec safe[kVectors];
     scores(panel, w, alpha, safe);
-    weights(panel, w, alpha, safe);
+    if (drop == nullptr) {
+      weights<false>(panel, w, alpha, safe);
+    } else {
+      dropout_factors(a, w, head, i0, j0, drop);
+      weights<true>(panel, w, alpha, safe);
+    }
     const int columns = static_cast<int>(wide / kLanes);
     for (int i = 0; i < nq; i += kTileRows) {
       const int seen = w.keys_until(i + kTileRows - 1);
@@ -170,7 +183,7 @@ struct ForwardTask {
       for (int64_t i0 = begin, n = 0; i0 < end; i0 += kBlock, ++n) {
         const int64_t nq = std::min<int64_t>(kBlock, end - i0);
         if (j0 >= keys_end(a, i0 + nq)) continue;
-        block(panels[n], window_of(a, i0, nq, j0, nk), nq, j0 == 0);
+        block(panels[n], window_of(a, i0, nq, j0, nk), b * a.heads + h, i0, nq, j0);
         next_k.count = next_v.count = 0;
       }
     }

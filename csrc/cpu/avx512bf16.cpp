@@ -14,6 +14,8 @@ namespace {
 #include "cpu/vec.inl"
 #include "cpu/vec_math.inl"
 #include "cpu/parallel.inl"
+#include "cpu/philox.inl"
+
 #include "cpu/attention.inl"
 #include "cpu/activation.inl"
 #include "cpu/product.inl"

@@ -191,6 +191,14 @@ struct AttentionTensor {
   int64_t stride_b, stride_h, stride_t;
 };
 
+// Of the weights: element ((b H + h) Tq + i) Tk + j is dropped where its word of Philox (philox.inl) is below
+// `threshold`.
+struct AttentionDropout {
+  uint64_t seed;
+  uint32_t threshold;  // p 2^32; 0: no dropout
+  float scale;         // 1 / (1 - p)
+};
+
 struct AttentionArgs {
   DType dtype;
   AttentionTensor q, k, v, o;
@@ -198,6 +206,7 @@ struct AttentionArgs {
   int64_t batch, heads, kv_heads, queries, keys, dim;
   float scale;
   bool causal;  // query i sees keys j <= i + keys - queries
+  AttentionDropout dropout;
 };
 
 struct AttentionBackwardArgs {
@@ -207,6 +216,7 @@ struct AttentionBackwardArgs {
   int64_t batch, heads, kv_heads, queries, keys, dim;
   float scale;
   bool causal;
+  AttentionDropout dropout;
 };
 
 // y = x turned by each position's angles; see rope.inl.

@@ -414,10 +414,12 @@ PYBIND11_MODULE(_cpu, m) {
       "attention",
       [](int dtype, Address q, const Strides& qs, Address k, const Strides& ks, Address v, const Strides& vs, Address o,
          const Strides& os, Address lse, int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
-         int64_t dim, float scale, bool causal, int threads) {
-        AttentionArgs args{dtype_of(dtype), tensor(q, qs), tensor(k, ks), tensor(v, vs), tensor(o, os), at<float>(lse),
-                           batch,           heads,         kv_heads,      queries,       keys,          dim,
-                           scale,           causal};
+         int64_t dim, float scale, bool causal, uint64_t seed, uint32_t threshold, float drop_scale, int threads) {
+        AttentionArgs args{dtype_of(dtype), tensor(q, qs), tensor(k, ks),
+                           tensor(v, vs),   tensor(o, os), at<float>(lse),
+                           batch,           heads,         kv_heads,
+                           queries,         keys,          dim,
+                           scale,           causal,        {seed, threshold, drop_scale}};
         kernels().attention(args, threads);
       },
       Release());
@@ -427,7 +429,8 @@ PYBIND11_MODULE(_cpu, m) {
       [](int dtype, Address q, const Strides& qs, Address k, const Strides& ks, Address v, const Strides& vs, Address o,
          const Strides& os, Address do_, const Strides& dos, Address dq, const Strides& dqs, Address dk,
          const Strides& dks, Address dv, const Strides& dvs, Address lse, int64_t batch, int64_t heads,
-         int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim, float scale, bool causal, int threads) {
+         int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim, float scale, bool causal, uint64_t seed,
+         uint32_t threshold, float drop_scale, int threads) {
         AttentionBackwardArgs args{dtype_of(dtype),
                                    tensor(q, qs),
                                    tensor(k, ks),
@@ -445,7 +448,8 @@ PYBIND11_MODULE(_cpu, m) {
                                    keys,
                                    dim,
                                    scale,
-                                   causal};
+                                   causal,
+                                   {seed, threshold, drop_scale}};
         kernels().attention_backward(args, threads);
       },
       Release());

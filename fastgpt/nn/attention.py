@@ -5,8 +5,7 @@ the keys and values of head h // (n_head / n_kv_head). One projection makes quer
 `ops.attention` never stores the T x T matrix. Positions may be rotary (`rope` of forward, arXiv:2104.09864): queries and keys
 turn before the keys are cached.
 
-There is no dropout on the attention probabilities: `ops.attention` has none inside. Dropout acts on the layer's output
-only.
+Dropout acts on the layer's output only: none of the attention probabilities are dropped here, which `ops.attention` could do.
 """
 
 from typing import Protocol

@@ -1,6 +1,6 @@
 """Scaled dot-product attention that never stores the Tq x Tk matrix (arXiv 2205.14135). Formula in reference.py.
 
-No dropout on the probabilities, no additive mask.
+Dropout on the probabilities as in dropout.py; no additive mask.
 """
 
 import math
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastgpt.ops import reference
 from fastgpt.ops.backend import NotCovered, below_autograd, define
+from fastgpt.ops.dropout import draw_seed, threshold
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -25,7 +26,24 @@ def _empty_like(x: Tensor, shape: torch.Size) -> Tensor:
     return x.new_empty(batch, time, heads, dim).transpose(1, 2)
 
 
-def _cpu(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, int, float]:
+    """What the kernels take: the key, the threshold (0: no dropout) and the factor of what is kept."""
+    if seed is None or dropout_p == 0.0:
+        return 0, 0, 1.0
+    if dropout_p >= 1.0:
+        raise NotCovered("dropout_p = 1")
+    return int(seed) & (2**64 - 1), threshold(dropout_p), 1.0 / (1.0 - dropout_p)
+
+
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     from fastgpt.ops import cpu
 
     code = _code(query, key, value)
@@ -35,14 +53,16 @@ def _cpu(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: floa
     lse = torch.empty(batch, heads, queries, dtype=torch.float32)
     cpu.kernels.attention(
         code, q.data_ptr(), q.stride()[:3], k.data_ptr(), k.stride()[:3], v.data_ptr(), v.stride()[:3], out.data_ptr(),
-        out.stride()[:3], lse.data_ptr(), batch, heads, k.shape[1], queries, k.shape[2], dim, scale, is_causal, cpu.threads(),
+        out.stride()[:3], lse.data_ptr(), batch, heads, k.shape[1], queries, k.shape[2], dim, scale, is_causal,
+        *_dropout(dropout_p, seed), cpu.threads(),
     )  # fmt: skip
     return out, lse
 
 
 def _cpu_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from fastgpt.ops import cpu
 
     code = _code(query, key, value, grad)
@@ -53,7 +73,7 @@ def _cpu_backward(
         code, q.data_ptr(), q.stride()[:3], k.data_ptr(), k.stride()[:3], v.data_ptr(), v.stride()[:3], o.data_ptr(),
         o.stride()[:3], g.data_ptr(), g.stride()[:3], dq.data_ptr(), dq.stride()[:3], dk.data_ptr(), dk.stride()[:3],
         dv.data_ptr(), dv.stride()[:3], lse.contiguous().data_ptr(), batch, heads, k.shape[1], queries, k.shape[2], dim, scale,
-        is_causal, cpu.threads(),
+        is_causal, *_dropout(dropout_p, seed), cpu.threads(),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -67,39 +87,40 @@ def _code(*tensors: Tensor) -> int:
     return codes.pop()
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     return _empty_like(query, query.shape), query.new_empty(query.shape[:3], dtype=wide)
 
 
-def _fake_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_like(query, query.shape), _empty_like(key, key.shape), _empty_like(value, value.shape)
 
 
 class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = below_autograd(_attention, query, key, value, is_causal, scale)
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = below_autograd(_attention, query, key, value, is_causal, scale, dropout_p, seed)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.is_causal, ctx.scale = is_causal, scale
+        ctx.save_for_backward(query, key, value, out, lse, seed)
+        ctx.options = is_causal, scale, dropout_p
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
-        return *_attention_backward(grad, *ctx.saved_tensors, ctx.is_causal, ctx.scale), None, None
+            return (None,) * 7
+        *tensors, seed = ctx.saved_tensors
+        return *_attention_backward(grad, *tensors, *ctx.options, seed), None, None, None, None
 
 
 _attention = define(
-    "attention(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) -> (Tensor, Tensor)",
+    "attention(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, float dropout_p=0.0, Tensor? seed=None)"
+    " -> (Tensor, Tensor)",
     fake=_fake,
     reference=reference.attention,
     cpu=_cpu,
@@ -107,8 +128,8 @@ _attention = define(
     autocast=True,
 )
 _attention_backward = define(
-    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, bool is_causal, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, bool is_causal, float scale,"
+    " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     reference=reference.attention_backward,
     cpu=_cpu_backward,
@@ -116,7 +137,14 @@ _attention_backward = define(
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T) @ value for each head, in tiles, accumulated in fp32 (fp64 for fp64).
 
@@ -130,13 +158,16 @@ def attention(
                 x x x x
 
         scale: 1 / sqrt(D) where it is None.
+        dropout_p: probability of a weight to be dropped after the softmax, 0 to 1; the others are divided by 1 - dropout_p. Pass 0 in
+            evaluation, as with torch's scaled_dot_product_attention. Not stored: the backward makes the mask again.
+        seed: as in `ops.dropout`; weight (b, h, i, j) is element ((b H + h) Tq + i) Tk + j of its mask.
 
     Returns:
         (B, H, Tq, D) in the query's dtype, laid out so that `.transpose(1, 2).reshape(B, Tq, H * D)` copies nothing. Rows that see
         no key are 0. Under autocast the inputs are cast to its dtype first.
 
     Raises:
-        TypeError: an integer input or different dtypes. ValueError: shapes that do not fit.
+        TypeError: an integer input or different dtypes. ValueError: shapes that do not fit, dropout_p or seed out of range.
 
     >>> q = torch.randn(1, 4, 8, 16); k = v = torch.randn(1, 2, 8, 16)
     >>> attention(q, k, v, is_causal=True).shape
@@ -157,7 +188,10 @@ def attention(
         raise TypeError(f"attention: query {query.dtype}, key {key.dtype} and value {value.dtype} differ in dtype")
     if query.shape[3] == 0:
         raise ValueError("attention: the head size D is 0")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"attention: dropout_p is {dropout_p}, expected 0 to 1")
+    drawn = draw_seed("attention", seed, query.device) if dropout_p > 0.0 else None
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[3])
-    out: Tensor = _attention(query, key, value, is_causal, scale)[0]
+    out: Tensor = _attention(query, key, value, is_causal, scale, dropout_p, drawn)[0]
     return out

@@ -122,7 +122,9 @@ def _cross_entropy_backward(
     return _run("cross_entropy", "cross_entropy_backward", tensors, *tensors, ignore_index, reduction, label_smoothing)
 
 
-def _attention_covers(*tensors: Tensor) -> None:
+def _attention_covers(dropout_p: float, *tensors: Tensor) -> None:
+    if dropout_p > 0.0:
+        raise NotCovered("dropout")
     kernels = importlib.import_module("fastgpt.kernels.attention")
     if len({x.dtype for x in tensors}) > 1:
         raise NotCovered(f"mixed dtypes {[x.dtype for x in tensors]}")
@@ -131,16 +133,25 @@ def _attention_covers(*tensors: Tensor) -> None:
 
 
 @implement("attention", "triton")
-def _attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    _attention_covers(query, key, value)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _attention_covers(dropout_p, query, key, value)
     tensors = (query, key, value)
     return _run("attention", "attention", tensors, *tensors, is_causal, scale)
 
 
 @implement("attention_backward", "triton")
 def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    _attention_covers(grad, query, key, value, out)
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _attention_covers(dropout_p, grad, query, key, value, out)
     tensors = (grad, query, key, value, out, lse)
     return _run("attention_backward", "attention_backward", tensors, *tensors, is_causal, scale)
