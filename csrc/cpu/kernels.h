@@ -40,10 +40,10 @@ struct LayerNormArgs {
   DType x_dtype;      // the same, or bf16 for an fp32 residual
   DType param_dtype;  // of weight and bias
   const void* x;
-  const void* residual;  // or nullptr
-  const void* weight;    // or nullptr
-  const void* bias;      // or nullptr
-  void* sum;             // x + residual, where there is one
+  const void* residual = nullptr;  // or nullptr
+  const void* weight;              // or nullptr
+  const void* bias;                // or nullptr
+  void* sum = nullptr;             // x + residual, where there is one
   void* y;
   float* mean;  // nullptr: RMSNorm
   float* rstd;
@@ -55,15 +55,15 @@ struct LayerNormBackwardArgs {
   DType dtype;
   DType param_dtype;
   const void* dy;
-  const void* dsum;    // the gradient of `sum`, added to dx, or nullptr
-  const void* x;       // what was normalised
-  const void* weight;  // or nullptr
-  const float* mean;   // nullptr: RMSNorm
+  const void* dsum = nullptr;  // the gradient of `sum`, added to dx, or nullptr
+  const void* x;               // what was normalised
+  const void* weight;          // or nullptr
+  const float* mean;           // nullptr: RMSNorm
   const float* rstd;
-  void* dx;       // or nullptr
-  void* dx_half;  // dx in bf16 once more, or nullptr
-  void* dweight;  // or nullptr
-  void* dbias;    // or nullptr
+  void* dx;                 // or nullptr
+  void* dx_half = nullptr;  // dx in bf16 once more, or nullptr
+  void* dweight;            // or nullptr
+  void* dbias;              // or nullptr
   int64_t rows, cols;
 };
 

@@ -73,7 +73,15 @@ class ModelConfig:
     n_embd: int = option(192, "width of the residual stream", at_least=1)
     dropout: float = option(0.0, "dropout probability while training", at_least=0.0, below=1.0)
     bias: bool = option(False, "biases in the linear and layer-norm layers")
-    activation: str = option("gelu_tanh", "activation of the MLP: relu, sigmoid, tanh, gelu (erf), gelu_tanh or silu")
+    activation: str = option(
+        "gelu_tanh",
+        "activation of the MLP: relu, sigmoid, tanh, gelu (erf), gelu_tanh, silu; gated: swiglu, geglu, geglu_tanh",
+    )
+    n_hidden: int | None = option(None, "width inside the MLP (none: four times the stream's, less where gated)", at_least=1)
+    norm: str = option("layer_norm", "the norms", choices=("layer_norm", "rms_norm"))
+    position: str = option("learned", "learned positions, or rotary ones", choices=("learned", "rope"))
+    rope_theta: float = option(10000.0, "base of the rotary angles", at_least=1.0)
+    tied_head: bool = option(True, "whether the head is the token embedding")
     init: str = option("gpt2", "scheme of the first weights: gpt2, normal, zeros, xavier or he")
 
 
