@@ -77,7 +77,9 @@ class ModelConfig:
         "gelu_tanh",
         "activation of the MLP: relu, sigmoid, tanh, gelu (erf), gelu_tanh, silu; gated: swiglu, geglu, geglu_tanh",
     )
-    n_hidden: int | None = option(None, "width inside the MLP (none: four times the stream's, less where gated)", at_least=1)
+    n_hidden: int | None = option(
+        None, "width inside the MLP (none: four times the stream's, less where gated)", at_least=1
+    )
     norm: str = option("layer_norm", "the norms", choices=("layer_norm", "rms_norm"))
     position: str = option("learned", "learned positions, or rotary ones", choices=("learned", "rope"))
     rope_theta: float = option(10000.0, "base of the rotary angles", at_least=1.0)
