@@ -1,6 +1,7 @@
 #include "bpe/merge.h"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
 #include <utility>
 
@@ -8,7 +9,10 @@ namespace fastgpt::bpe {
 namespace {
 
 constexpr size_t kRadixBits = 11;
-constexpr size_t kSmall = 64;                   // bytes up to which the scan beats the heap
+constexpr size_t kSmall = 64;  // bytes up to which the scan beats the heap: the bits of a word
+constexpr int kPlaceBits = 6;  // for a place among them
+constexpr size_t kMaxRank = size_t{1} << (31 - kPlaceBits);
+constexpr size_t kLanes = 8;
 constexpr size_t kKeptBytes = size_t{4} << 20;  // scratch memory above this is given back
 
 // Joins by content: tiktoken's rule.
@@ -28,41 +32,72 @@ struct ByPairs {
   }
 };
 
+// The scan: symbols stay where they begin and a bit mask says which are left, so nothing moves. A key is the rank of
+// the pair that a symbol makes with the next one, its place in the lowest bits, so the least key is the leftmost of the
+// pairs of lowest rank. Needs ranks below kMaxRank
+// and 1 <= n <= kSmall.
+template <class Join>
+[[gnu::always_inline]] inline size_t merge_small_inline(const Vocabulary& vocabulary, const Join& join,
+                                                        const uint8_t* p, size_t n, uint32_t* out) {
+  alignas(64) uint32_t key[kSmall];
+  uint32_t id[kSmall], joined[kSmall];
+  const size_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  for (size_t i = padded - kLanes; i < padded; ++i) key[i] = kNone;
+  for (size_t i = 0; i < n; ++i) id[i] = vocabulary.byte_id(p[i]);
+  auto look = [&](size_t left, size_t right, size_t end) {
+    const Merge m = join(p + left, end - left, id[left], id[right]);
+    key[left] = m.rank == kNone ? kNone : m.rank << kPlaceBits | static_cast<uint32_t>(left);
+    joined[left] = m.id;
+  };
+  for (size_t i = 0; i + 1 < n; ++i) look(i, i + 1, i + 2);
+  uint64_t left = ~uint64_t{0} >> (kSmall - n);
+  for (;;) {
+    uint32_t best = kNone;
+    for (size_t i = 0; i < padded; ++i) best = std::min(best, key[i]);
+    if (best == kNone) break;
+    const size_t at = best & (kSmall - 1);
+    // The symbols after this one: the one that is joined, its right neighbour, the one after that.
+    uint64_t after = left & ~uint64_t{1} << at;
+    const int gone = std::countr_zero(after);
+    left ^= uint64_t{1} << gone;
+    key[gone] = key[at] = kNone;
+    id[at] = joined[at];
+    after &= after - 1;
+    const size_t right = after ? static_cast<size_t>(std::countr_zero(after)) : n;
+    if (after) {
+      after &= after - 1;
+      look(at, right, after ? static_cast<size_t>(std::countr_zero(after)) : n);
+    }
+    if (const uint64_t before = left & ((uint64_t{1} << at) - 1)) {
+      look(static_cast<size_t>(63 - std::countl_zero(before)), at, right);
+    }
+  }
+  size_t count = 0;
+  for (; left; left &= left - 1) out[count++] = id[std::countr_zero(left)];
+  return count;
+}
+
+template <class Join>
+size_t merge_small_portable(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out) {
+  return merge_small_inline(vocabulary, join, p, n, out);
+}
+
+#if defined(__x86_64__)
+template <class Join>
+[[gnu::target("avx2,bmi,lzcnt")]] size_t merge_small_avx2(const Vocabulary& vocabulary, const Join& join,
+                                                          const uint8_t* p, size_t n, uint32_t* out) {
+  return merge_small_inline(vocabulary, join, p, n, out);
+}
+const bool kHasAvx2 =
+    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("lzcnt");
+#endif
+
 template <class Join>
 size_t merge_small(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out) {
-  uint32_t rank[kSmall], joined[kSmall];
-  uint8_t start[kSmall + 1];
-  for (size_t i = 0; i < n; ++i) {
-    out[i] = vocabulary.byte_id(p[i]);
-    start[i] = static_cast<uint8_t>(i);
-  }
-  start[n] = static_cast<uint8_t>(n);
-  auto look = [&](size_t i) {
-    const Merge m = join(p + start[i], start[i + 2] - start[i], out[i], out[i + 1]);
-    rank[i] = m.rank;
-    joined[i] = m.id;
-  };
-  size_t count = n;
-  for (size_t i = 0; i + 1 < count; ++i) look(i);
-  while (count > 1) {
-    size_t best = 0;
-    for (size_t i = 1; i + 1 < count; ++i) {
-      if (rank[i] < rank[best]) best = i;
-    }
-    if (rank[best] == kNone) break;
-    out[best] = joined[best];
-    --count;
-    for (size_t i = best + 1; i < count; ++i) {
-      out[i] = out[i + 1];
-      start[i] = start[i + 1];
-      rank[i] = rank[i + 1];
-      joined[i] = joined[i + 1];
-    }
-    start[count] = static_cast<uint8_t>(n);
-    if (best + 1 < count) look(best);
-    if (best) look(best - 1);
-  }
-  return count;
+#if defined(__x86_64__)
+  if (kHasAvx2) return merge_small_avx2(vocabulary, join, p, n, out);
+#endif
+  return merge_small_portable(vocabulary, join, p, n, out);
 }
 
 // Sorts candidates (rank << 32 | position) that ascend by position: a stable radix sort by rank, which for a megabyte
@@ -155,7 +190,7 @@ size_t merge_large(const Vocabulary& vocabulary, const Join& join, const uint8_t
 template <class Join>
 size_t merge_with(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out,
                   MergeScratch& scratch) {
-  if (n <= kSmall) return merge_small(vocabulary, join, p, n, out);
+  if (n <= kSmall && vocabulary.ranks() <= kMaxRank) return merge_small(vocabulary, join, p, n, out);
   return merge_large(vocabulary, join, p, n, out, scratch);
 }
 

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <utility>
 
 namespace fastgpt::bpe {
 
@@ -26,6 +27,7 @@ inline void wish_large_pages(void* begin, size_t bytes) {
 template <class T>
 class Pages {
  public:
+  Pages() = default;
   explicit Pages(size_t size) : size_(size) {
     // Room to begin at a large page.
     mapped_bytes_ = size * sizeof(T) + kLargePage;
@@ -33,11 +35,23 @@ class Pages {
     if (mapped_ == MAP_FAILED) throw std::bad_alloc();
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(mapped_) + kLargePage - 1) & ~(kLargePage - 1);
     data_ = reinterpret_cast<T*>(begin);
-    wish_large_pages(data_, (size * sizeof(T) + kLargePage - 1) & ~(kLargePage - 1));
+    // A small table is not worth a large page.
+    if (size * sizeof(T) >= kLargePage / 4) {
+      wish_large_pages(data_, (size * sizeof(T) + kLargePage - 1) & ~(kLargePage - 1));
+    }
   }
-  ~Pages() { munmap(mapped_, mapped_bytes_); }
+  ~Pages() {
+    if (mapped_) munmap(mapped_, mapped_bytes_);
+  }
   Pages(const Pages&) = delete;
-  Pages& operator=(const Pages&) = delete;
+  Pages(Pages&& other) noexcept { swap(other); }
+  Pages& operator=(Pages&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+  T& operator[](size_t at) { return data_[at]; }
+  const T& operator[](size_t at) const { return data_[at]; }
 
   T* data() { return data_; }
   const T* data() const { return data_; }
@@ -47,9 +61,15 @@ class Pages {
   }
 
  private:
-  size_t size_, mapped_bytes_;
-  void* mapped_;
-  T* data_;
+  void swap(Pages& other) {
+    std::swap(size_, other.size_);
+    std::swap(mapped_bytes_, other.mapped_bytes_);
+    std::swap(mapped_, other.mapped_);
+    std::swap(data_, other.data_);
+  }
+  size_t size_ = 0, mapped_bytes_ = 0;
+  void* mapped_ = nullptr;
+  T* data_ = nullptr;
 };
 
 }  // namespace fastgpt::bpe

@@ -12,7 +12,6 @@ constexpr uint64_t kEmptyPair = ~uint64_t{0};
 // Room for n entries at a load of at most one half; a power of two.
 size_t table_size(size_t n) { return std::bit_ceil(std::max<size_t>(2 * n, 16)); }
 
-uint64_t short_hash(uint64_t key, size_t n) { return mix(key + n * 0xC2B2AE3D27D4EB4Fu); }
 uint64_t medium_hash(uint64_t low, uint64_t high, size_t n) { return mix(low ^ mix(high + n)); }
 
 std::string quoted(const std::string& bytes) {
@@ -64,11 +63,11 @@ Vocabulary::Vocabulary(std::vector<std::pair<std::string, uint32_t>> tokens,
                                 std::to_string(tokens.size()) + " tokens");
   }
 
-  short_.assign(table_size(shorts), Short{0, kNone, 0});
-  medium_.assign(table_size(mediums), Medium{0, 0, kNone, 0});
-  long_.assign(table_size(longs), Long{0, kNone, 0});
+  short_ = Pages<Short>(table_size(shorts));  // zeros: empty
+  medium_ = Pages<Medium>(table_size(mediums));
+  long_ = Pages<Long>(table_size(longs));
   const size_t filter_bits = std::bit_ceil(std::max<size_t>(8 * tokens.size(), 64));
-  filter_.assign(filter_bits / 64, 0);
+  filter_ = Pages<uint64_t>(filter_bits / 64);
   filter_shift_ = 64 - std::countr_zero(filter_bits);
   auto remember = [&](uint64_t hash) {
     const uint64_t bit = hash >> filter_shift_;
@@ -139,21 +138,7 @@ Vocabulary::Vocabulary(std::vector<std::pair<std::string, uint32_t>> tokens,
   }
 }
 
-uint32_t Vocabulary::find(const uint8_t* p, size_t n) const {
-  if (n <= 2) {
-    if (n == 2) return two_byte_ids_[p[0] | p[1] << 8];
-    return n ? byte_ids_[p[0]] : kNone;
-  }
-  if (n <= 8) {
-    const uint64_t key = load_upto8(p, n);
-    const uint64_t hash = short_hash(key, n);
-    if (!maybe(hash)) return kNone;
-    for (size_t at = hash;; ++at) {
-      const Short& entry = short_[at & (short_.size() - 1)];
-      if (entry.key == key && entry.length == n) return entry.id;
-      if (!entry.length) return kNone;
-    }
-  }
+uint32_t Vocabulary::find_longer(const uint8_t* p, size_t n) const {
   if (n <= 16) {
     const uint64_t low = load_upto8(p, 8), high = load_upto8(p + 8, n - 8);
     const uint64_t hash = medium_hash(low, high, n);

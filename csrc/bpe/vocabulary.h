@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "bpe/pages.h"
+
 namespace fastgpt::bpe {
 
 inline constexpr uint32_t kNone = 0xFFFFFFFFu;  // no token; greater than every rank
@@ -48,7 +50,21 @@ class Vocabulary {
              const std::vector<std::pair<uint32_t, uint32_t>>& merges);
 
   // The id of the token with these bytes, or kNone. p[0, n + kPadding) must be readable.
-  uint32_t find(const uint8_t* p, size_t n) const;
+  uint32_t find(const uint8_t* p, size_t n) const {
+    if (n <= 2) {
+      if (n == 2) return two_byte_ids_[p[0] | p[1] << 8];
+      return n ? byte_ids_[p[0]] : kNone;
+    }
+    if (n > 8) return find_longer(p, n);
+    const uint64_t key = load_upto8(p, n);
+    const uint64_t hash = short_hash(key, n);
+    if (!maybe(hash)) return kNone;
+    for (size_t at = hash;; ++at) {
+      const Short& entry = short_[at & (short_.size() - 1)];
+      if (entry.key == key && entry.length == n) return entry.id;
+      if (!entry.length) return kNone;
+    }
+  }
 
   // The same for bytes without padding.
   uint32_t find(std::string_view bytes) const;
@@ -63,11 +79,15 @@ class Vocabulary {
   bool has_merges() const { return !pair_keys_.empty(); }
   Merge find_merge(uint32_t left, uint32_t right) const;
 
-  uint32_t slots() const { return slots_; }  // greatest id + 1
+  uint32_t slots() const { return slots_; }                                   // greatest id + 1
+  size_t ranks() const { return has_merges() ? pair_keys_.size() : slots_; }  // above every rank
   size_t count() const { return count_; }
   size_t max_token_bytes() const { return max_token_bytes_; }
 
  private:
+  static uint64_t short_hash(uint64_t key, size_t n) { return mix(key + n * 0xC2B2AE3D27D4EB4Fu); }
+  uint32_t find_longer(const uint8_t* p, size_t n) const;  // more than 8 bytes
+
   struct Short {  // 3 to 8 bytes
     uint64_t key;
     uint32_t id;
@@ -95,11 +115,11 @@ class Vocabulary {
 
   // A bit for the hash of every token of 3 bytes or more, 8 to 16 bits a token: most pairs that merging asks about are
   // no token, and the filter, which stays in the cache, says so without a look at the tables.
-  std::vector<uint64_t> filter_;
+  Pages<uint64_t> filter_;
   int filter_shift_ = 0;
-  std::vector<Short> short_;
-  std::vector<Medium> medium_;
-  std::vector<Long> long_;
+  Pages<Short> short_;
+  Pages<Medium> medium_;
+  Pages<Long> long_;
   std::vector<uint64_t> pair_keys_;  // left << 32 | right; all ones: empty
   std::vector<Merge> pair_merges_;
 };
