@@ -1,4 +1,4 @@
-"""The command line: `fastgpt train`, `sample`, `finetune`, `predict`, `info`, `bench`.
+"""The command line: `fastgpt train`, `sample`, `finetune`, `predict`, `tokenizer`, `info`, `bench`.
 
 Every option of a run stands in `fastgpt train --help` with its default, made from the dataclasses of fastgpt.train.config: by
 its dotted name (`--train.batch_size 8`) and, for most, by a short one (`--batch-size 8`). torch is imported only by the command
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Like parse_args, with a hint for an unknown option."""
-        found, unknown = self.parse_known_args(arguments)
+        found, unknown = self.parse_known_intermixed_args(arguments)
         for argument in unknown:
             if argument.startswith("-"):
                 name = argument.split("=")[0]
@@ -304,6 +304,13 @@ def data(arguments: Sequence[str]) -> int:
     return run_data(arguments, _parser, _say)
 
 
+def tokenizer(arguments: Sequence[str]) -> int:
+    """`fastgpt tokenizer`: its commands are in fastgpt.tokenizer.commands."""
+    from fastgpt.tokenizer.commands import main as run_tokenizer
+
+    return run_tokenizer(arguments, lambda command, text: _parser(f"tokenizer {command}", text))
+
+
 COMMANDS = {
     "train": (train, "train a GPT, or go on with a run"),
     "data": (data, "text, JSONL and Parquet into token shards, and their check"),
@@ -312,6 +319,7 @@ COMMANDS = {
     "finetune": (finetune, "teach a trained GPT conversations, classes or numbers"),
     "predict": (predict, "classes or numbers of texts, from a fine-tuned model"),
     "chat": (chat, "talk to a model that was fine-tuned on conversations"),
+    "tokenizer": (tokenizer, "train, use and look into a BPE tokenizer"),
     "info": (info, "what this machine has and which engine each op will use"),
     "bench": (bench, "run the benchmarks"),
 }
@@ -346,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    lines = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
+    lines = "\n".join(f"  {name:11}{text}" for name, (_, text) in COMMANDS.items())
     parser = _parser(
         "", f"Text to a trained GPT to an answer.\n\ncommands:\n{lines}\n\n`fastgpt COMMAND --help` says more."
     )
