@@ -2,7 +2,7 @@
 tokenizers.
 
     python -m benchmarks.bench_tokenizer --corpora DIR --vocab DIR [--encoding cl100k_base] [--corpus en] [--mb 20]
-    [--out FILE.json]
+    [--out benchmarks/results]
 
 DIR of the corpora holds NAME_bench.txt, documents one after the other, and NAME_bench.off.npy, their byte offsets
 (int64, documents + 1); DIR of the vocabularies the .tiktoken files. Everything runs pinned to one core, on one thread
@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import record
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer.registry import ENCODINGS
 
@@ -139,7 +139,7 @@ def cold(arguments: argparse.Namespace) -> None:
     print(json.dumps({"first_call_ms": first * 1e3, "s": cpu_s(lambda: (peer.arrays or peer.lists)(documents))}))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one encoding and corpus."""
     documents = read_documents(arguments.corpora, arguments.corpus, arguments.mb)
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
@@ -150,17 +150,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         except (ImportError, ValueError, KeyError) as error:
             print(f"{name}: left out ({error})", file=sys.stderr)
     tiktoken_ids = peers["tiktoken"].lists(documents)
-    rows: dict[str, dict[str, Any]] = {
-        name: {"exact": same_ids(peer, documents, tiktoken_ids)} for name, peer in peers.items()
-    }
+    cases: list[dict[str, Any]] = []
+    exact = {name: same_ids(peer, documents, tiktoken_ids) for name, peer in peers.items()}
 
-    def timed(row: str, calls: Mapping[str, Callable[[], Any]], per: Callable[[float], float]) -> None:
+    def add(row: str, unit: str, seconds: Mapping[str, list[float]], per: Callable[[float], float]) -> None:
+        variants = [
+            {
+                "name": name,
+                "ours": name == "fastgpt",
+                "median_ms": statistics.median(times) * 1e3,
+                "min_ms": min(times) * 1e3,
+                "rounds": len(times),
+                "value": round(per(statistics.median(times)), 3),
+                "exact": exact[name],
+            }
+            for name, times in seconds.items()
+        ]
+        case = {"name": f"{arguments.encoding} {arguments.corpus} {row}", "case": row, "unit": unit}
+        case |= {"encoding": arguments.encoding, "corpus": arguments.corpus, "megabytes": round(megabytes, 1)}
+        cases.append(case | {"variants": variants})
+
+    def timed(row: str, unit: str, calls: Mapping[str, Callable[[], Any]], per: Callable[[float], float]) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS):
             for name, call in calls.items():
                 seconds[name].append(cpu_s(call))
-        for name, times in seconds.items():
-            rows[name][row] = round(per(statistics.median(times)), 3)
+        add(row, unit, seconds, per)
 
     def mb_s(seconds: float) -> float:
         return megabytes / seconds
@@ -168,53 +183,61 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     slow = ("tokenizers",)  # a tenth of tiktoken's speed: not worth the wait in every round
     quick = {name: peer for name, peer in peers.items() if name not in slow}
     arrays = {name: partial(peer.arrays, documents) for name, peer in quick.items() if peer.arrays}
-    timed("numpy_warm_mb_s", arrays, mb_s)
-    timed("list_warm_mb_s", {name: partial(peer.lists, documents) for name, peer in quick.items()}, mb_s)
+    timed("batch to NumPy, warm", "MB/s", arrays, mb_s)
+    timed("batch to lists, warm", "MB/s", {name: partial(peer.lists, documents) for name, peer in quick.items()}, mb_s)
 
     def each(peer: Peer, texts: list[str]) -> None:
         for text in texts:
             peer.one(text)
 
-    for label, size in (("100b", 100), ("1kb", 1000)):
+    for label, size in (("100 B", 100), ("1 KB", 1000)):
         texts = [text[:size] for text in documents[:300]]
-        calls = {name: partial(each, peer, texts) for name, peer in peers.items()}
-        timed(f"one_{label}_us", calls, lambda seconds: seconds / len(documents[:300]) * 1e6)
+        calls = {name: partial(each, peer, texts) for name, peer in quick.items()}
+        timed(f"one string of {label}", "us", calls, lambda seconds: seconds / len(documents[:300]) * 1e6)
     ids = [id for part in tiktoken_ids for id in part]
     decoders = {name: partial(peer.decode, ids) for name, peer in quick.items() if peer.decode}
-    timed("decode_list_mb_s", decoders, mb_s)
-    for name in peers:
+    timed("decode a list", "MB/s", decoders, mb_s)
+    cold_s: dict[str, list[float]] = {}
+    first_s: dict[str, list[float]] = {}
+    for name in quick:
         command = [sys.executable, "-m", "benchmarks.bench_tokenizer", "--cold", name]
         for option in ("corpora", "vocab", "encoding", "corpus", "mb"):
             command += [f"--{option}", str(getattr(arguments, option))]
-        if name in slow:
-            continue
         runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(3)]
-        rows[name]["numpy_cold_mb_s"] = round(mb_s(statistics.median(run["s"] for run in runs)), 3)
-        rows[name]["first_call_ms"] = round(statistics.median(run["first_call_ms"] for run in runs), 3)
-    return {"encoding": arguments.encoding, "corpus": arguments.corpus, "megabytes": round(megabytes, 1), "rows": rows}
+        cold_s[name] = [run["s"] for run in runs]
+        first_s[name] = [run["first_call_ms"] / 1e3 for run in runs]
+    add("batch to NumPy, cold", "MB/s", cold_s, mb_s)
+    add("first call", "ms", first_s, lambda seconds: seconds * 1e3)
+    return cases
 
 
-def environment() -> dict[str, Any]:
-    """What the figures ran on."""
+def package_versions() -> dict[str, str | None]:
+    """The versions of what is compared; None where it is not installed."""
     versions: dict[str, str | None] = {}
     for name, package in PACKAGES.items():
         try:
             versions[name] = version(package)
         except PackageNotFoundError:
             versions[name] = None
-    model = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    from fastgpt import _bpe
+    return versions
 
-    return {
-        "cpu": model,
-        "isa": _bpe.isa(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "load_average": os.getloadavg()[0],
+
+def keep(out: Path, cases: list[dict[str, Any]], machine: dict[str, Any]) -> Path:
+    """Put cases into the result file, beside those of other encodings and corpora that are there."""
+    file = out / record.slug(machine["chip"]) / "tokenizer.json"
+    names = {case["name"] for case in cases}
+    older = [case for case in record.read(file)["cases"] if case["name"] not in names] if file.exists() else []
+    result = {
+        "benchmark": "tokenizer",
+        "command": "python -m benchmarks.bench_tokenizer",
+        "date": record.now(),
+        "machine": machine,
+        "versions": record.versions() | package_versions(),
+        "method": "CPU time of one process on one core; warm: medians of 5 rounds in turns; cold: of 3 fresh processes",
+        "cases": older + cases,
+        "failed": {},
     }
+    return record.write(out, result)
 
 
 def main() -> None:
@@ -225,7 +248,7 @@ def main() -> None:
     parser.add_argument("--corpus", default="en")
     parser.add_argument("--mb", type=float, default=20)
     parser.add_argument("--cpu", type=int, default=0, help="the core to run on")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the folder of results; default: print only")
     parser.add_argument("--cold", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -233,11 +256,13 @@ def main() -> None:
     if arguments.cold:
         cold(arguments)
         return
-    result = environment() | measure(arguments)
-    for name, row in result["rows"].items():
-        print(f"{name:12}", "  ".join(f"{key} {value}" for key, value in row.items()))
+    machine = record.machine() if arguments.out else {}
+    cases = measure(arguments)
+    for case in cases:
+        values = (f"{v['name']} {v['value']}{'' if v['exact'] else ' (other ids)'}" for v in case["variants"])
+        print(f"{case['name']}, {case['unit']}:", "  ".join(values))
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(keep(arguments.out, cases, machine))
 
 
 if __name__ == "__main__":
