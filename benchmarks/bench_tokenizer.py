@@ -166,7 +166,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             }
             for name, times in seconds.items()
         ]
-        case = {"name": f"{arguments.encoding} {arguments.corpus} {row}", "case": row, "unit": unit}
+        case: dict[str, Any] = {"name": f"{arguments.encoding} {arguments.corpus} {row}", "case": row, "unit": unit}
         case |= {"encoding": arguments.encoding, "corpus": arguments.corpus, "megabytes": round(megabytes, 1)}
         cases.append(case | {"variants": variants})
 
