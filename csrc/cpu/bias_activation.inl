@@ -8,9 +8,9 @@ INLINE void bias_activation_rows(const BiasActivationArgs& a, int64_t begin, int
     const T* x = static_cast<const T*>(a.x) + r * a.cols;
     T* y = static_cast<T*>(a.y) + r * a.cols;
     int64_t j = 0;
-    for (; j + kLanes <= a.cols; j += kLanes) store(y + j, F::forward(load(x + j) + load(bias + j)));
+    for (; j + kLanes <= a.cols; j += kLanes) store(y + j, F::template forward<T>(load(x + j) + load(bias + j)));
     const int rest = static_cast<int>(a.cols - j);
-    if (rest > 0) store_n(y + j, F::forward(load_n(x + j, rest) + load_n(bias + j, rest)), rest);
+    if (rest > 0) store_n(y + j, F::template forward<T>(load_n(x + j, rest) + load_n(bias + j, rest)), rest);
   }
 }
 
@@ -41,7 +41,7 @@ INLINE void bias_activation_backward_rows(const BiasActivationBackwardArgs& a, i
     const auto part = [&](int64_t j, int n) {
       Vec kept = load_part(saved + j, n);
       if (F::kKeepsInput) kept = kept + load_part(bias + j, n);
-      const Vec grad = F::backward(load_part(dy + j, n), kept);
+      const Vec grad = gradient_of<T>(F{}, load_part(dy + j, n), kept);
       store_part(dx + j, grad, n);
       if (sums != nullptr) store_part(sums + j, load_part(sums + j, n) + grad, n);
     };

@@ -23,6 +23,12 @@ INLINE void parallel_for(int64_t n, int64_t grain, int threads, const Body& body
 // Elements that one thread should at least have in a memory-bound pass.
 constexpr int64_t kGrain = 16384;
 
+// Elements that are never split between threads in a pointwise pass.
+constexpr int64_t kElementBlock = 64;
+
+// Results of this many bytes are written past the caches: most of it would have left them before anything reads it.
+constexpr int64_t kPastCaches = 32 << 20;
+
 // Calls body(pointer tag) with the C++ type of `dtype`.
 template <class Body>
 INLINE void with_type(DType dtype, const Body& body) {

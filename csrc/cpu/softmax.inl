@@ -7,7 +7,8 @@
 // that sees no key, or holds a NaN or +inf, is NaN where exp(v - m) is, as in torch.
 
 template <class T>
-INLINE void softmax_row(const T* x, const float* mask, T* y, float* row, int64_t seen, int64_t cols, float scale) {
+INLINE void softmax_row(const T* x, const float* mask, T* y, float* row, int64_t seen, int64_t cols, float scale,
+                        bool past) {
   Vec most = splat(-std::numeric_limits<float>::infinity());
   int64_t j = 0;
   for (; j + kLanes <= seen; j += kLanes) {
@@ -27,18 +28,22 @@ INLINE void softmax_row(const T* x, const float* mask, T* y, float* row, int64_t
 
   Vec total = {};
   for (j = 0; j + kLanes <= seen; j += kLanes) {
-    Vec e = exp(load(row + j) - m);
+    Vec e = exp_to<T>(load(row + j) - m);
     store(row + j, e);
     total = total + e;
   }
   if (rest > 0) {
-    Vec e = exp(load_n(row + j, rest, -std::numeric_limits<float>::infinity()) - m);
+    Vec e = exp_to<T>(load_n(row + j, rest, -std::numeric_limits<float>::infinity()) - m);
     store_n(row + j, e, rest);
     total = total + load_n(row + j, rest);
   }
   const float inverse = seen > 0 ? 1.0f / sum(total) : std::numeric_limits<float>::quiet_NaN();
 
-  for (j = 0; j + kLanes <= seen; j += kLanes) store(y + j, load(row + j) * inverse);
+  if (past && is_aligned(y)) {
+    for (j = 0; j + kLanes <= seen; j += kLanes) store_past(y + j, load(row + j) * inverse);
+  } else {
+    for (j = 0; j + kLanes <= seen; j += kLanes) store(y + j, load(row + j) * inverse);
+  }
   if (rest > 0) store_n(y + j, load_n(row + j, rest) * inverse, rest);
   const T beyond = from_float<T>(inverse == inverse ? 0.0f : inverse);  // masked keys: exp(-inf - m) * inverse
   std::fill(y + seen, y + cols, beyond);
@@ -48,9 +53,10 @@ void softmax(const SoftmaxArgs& a, int threads) {
   const int64_t rows = a.batch * a.heads * a.queries;
   with_type(a.dtype, [&](auto tag) {
     using T = decltype(tag);
+    const bool past = rows * a.cols * static_cast<int64_t>(sizeof(T)) >= kPastCaches && a.cols % kLanes == 0;
     parallel_for(rows, std::max<int64_t>(1, kGrain / 4 / std::max<int64_t>(1, a.cols)), threads,
                  [&](int64_t begin, int64_t end) {
-                   float* buffer = sizeof(T) == sizeof(float) ? nullptr : scratch(a.cols);
+                   float* buffer = sizeof(T) == sizeof(float) && !past ? nullptr : scratch(a.cols);
                    for (int64_t r = begin; r < end; ++r) {
                      const int64_t query = r % a.queries, head = r / a.queries % a.heads,
                                    batch = r / a.queries / a.heads;
@@ -61,9 +67,10 @@ void softmax(const SoftmaxArgs& a, int threads) {
                        mask += batch * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
                      T* y = static_cast<T*>(a.y) + r * a.cols;
                      float* row = buffer;
-                     if constexpr (sizeof(T) == sizeof(float)) row = y;
-                     softmax_row(static_cast<const T*>(a.x) + r * a.cols, mask, y, row, seen, a.cols, a.scale);
+                     if constexpr (sizeof(T) == sizeof(float)) row = past ? buffer : y;
+                     softmax_row(static_cast<const T*>(a.x) + r * a.cols, mask, y, row, seen, a.cols, a.scale, past);
                    }
+                   if (past) fence();
                  });
   });
 }

@@ -39,7 +39,7 @@ void swiglu(const SwiGLUArgs& a, int threads) {
           const T* up = static_cast<const T*>(a.up) + row * a.up_stride + col;
           T* y = static_cast<T*>(a.y) + row * a.cols + col;
           const auto part = [&](int64_t i, int n) {
-            store_part(y + i, f.forward(load_part(gate + i, n)) * load_part(up + i, n), n);
+            store_part(y + i, f.template forward<T>(load_part(gate + i, n)) * load_part(up + i, n), n);
           };
           int64_t i = 0;
           for (; i + kLanes <= count; i += kLanes) part(i, kLanes);
@@ -63,7 +63,7 @@ void swiglu_backward(const SwiGLUBackwardArgs& a, int threads) {
           T* dup = static_cast<T*>(a.dup) + row * a.grad_stride + col;
           const auto part = [&](int64_t i, int n) {
             const Vec grad = load_part(dy + i, n);
-            const auto [value, slope] = f.value_and_slope(load_part(gate + i, n));
+            const auto [value, slope] = f.template value_and_slope<T>(load_part(gate + i, n));
             store_part(dgate + i, grad * load_part(up + i, n) * slope, n);
             store_part(dup + i, grad * value, n);
           };

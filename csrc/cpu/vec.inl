@@ -99,6 +99,27 @@ INLINE void store(BFloat16* p, Vec v) {
   std::memcpy(p, &half, sizeof half);
 }
 
+// ---- past the caches, to addresses aligned to a whole vector; fence() before another thread reads
+
+template <class T>
+INLINE bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
+}
+
+#if FASTGPT_LANES == 16
+INLINE void store_past(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+INLINE void store_past(BFloat16* p, Vec v) { _mm256_stream_si256((__m256i*)p, (__m256i)to_bfloat16(v)); }
+INLINE void fence() { _mm_sfence(); }
+#elif FASTGPT_LANES == 8
+INLINE void store_past(float* p, Vec v) { _mm256_stream_ps(p, (__m256)v); }
+INLINE void store_past(BFloat16* p, Vec v) { _mm_stream_si128((__m128i*)p, (__m128i)to_bfloat16(v)); }
+INLINE void fence() { _mm_sfence(); }
+#else
+INLINE void store_past(float* p, Vec v) { store(p, v); }
+INLINE void store_past(BFloat16* p, Vec v) { store(p, v); }
+INLINE void fence() {}
+#endif
+
 // ---- the first n lanes (0 <= n <= kLanes); loads fill the others, stores leave their memory alone
 
 #if FASTGPT_LANES == 16
