@@ -6,9 +6,12 @@
 // A row is read from memory once; the two further passes find it in L1 or L2 (a row of 50,257 floats is 200 KB). A row
 // that sees no key, or holds a NaN or +inf, is NaN where exp(v - m) is, as in torch.
 
+// Rows up to this long are prefetched while the one before is computed; longer ones would push it out of L1.
+constexpr int64_t kPrefetchedRow = 4096;
+
 template <class T>
 INLINE void softmax_row(const T* x, const float* mask, T* y, float* row, int64_t seen, int64_t cols, float scale,
-                        bool past) {
+                        bool past, const T* next) {
   Vec most = splat(-std::numeric_limits<float>::infinity());
   int64_t j = 0;
   for (; j + kLanes <= seen; j += kLanes) {
@@ -28,6 +31,7 @@ INLINE void softmax_row(const T* x, const float* mask, T* y, float* row, int64_t
 
   Vec total = {};
   for (j = 0; j + kLanes <= seen; j += kLanes) {
+    if (next != nullptr) __builtin_prefetch(next + j);  // memory works while exp computes
     Vec e = exp_to<T>(load(row + j) - m);
     store(row + j, e);
     total = total + e;
@@ -68,7 +72,9 @@ void softmax(const SoftmaxArgs& a, int threads) {
                      T* y = static_cast<T*>(a.y) + r * a.cols;
                      float* row = buffer;
                      if constexpr (sizeof(T) == sizeof(float)) row = past ? buffer : y;
-                     softmax_row(static_cast<const T*>(a.x) + r * a.cols, mask, y, row, seen, a.cols, a.scale, past);
+                     const T* x = static_cast<const T*>(a.x) + r * a.cols;
+                     const T* next = r + 1 < end && a.cols <= kPrefetchedRow ? x + a.cols : nullptr;
+                     softmax_row(x, mask, y, row, seen, a.cols, a.scale, past, next);
                    }
                    if (past) fence();
                  });
