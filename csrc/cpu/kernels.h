@@ -206,7 +206,7 @@ struct AttentionArgs {
   int64_t batch, heads, kv_heads, queries, keys, dim;
   float scale;
   bool causal;  // query i sees keys j <= i + keys - queries
-  AttentionDropout dropout;
+  AttentionDropout dropout = {};
 };
 
 struct AttentionBackwardArgs {
@@ -216,7 +216,7 @@ struct AttentionBackwardArgs {
   int64_t batch, heads, kv_heads, queries, keys, dim;
   float scale;
   bool causal;
-  AttentionDropout dropout;
+  AttentionDropout dropout = {};
 };
 
 // y = x turned by each position's angles; see rope.inl.
