@@ -254,9 +254,10 @@ def _table(found: dict[str, Any]) -> list[str]:
     if not table:
         return ["no ops: fastgpt.ops does not load (see backend)"]
     devices = list(table)
-    lines = [f"{'op':16}" + "".join(f"{'on ' + device:14}" for device in devices).rstrip()]
+    width = max(map(len, table[devices[0]])) + 2
+    lines = [f"{'op':{width}}" + "".join(f"{'on ' + device:14}" for device in devices).rstrip()]
     for op in table[devices[0]]:
-        row = f"{op:16}" + "".join(f"{table[device][op]['engine'] or 'none':14}" for device in devices)
+        row = f"{op:{width}}" + "".join(f"{table[device][op]['engine'] or 'none':14}" for device in devices)
         own = {
             f"not {engine}: {why}"
             for device in devices

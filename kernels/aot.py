@@ -84,12 +84,16 @@ def attention_calls() -> Calls:
 
 def cross_entropy_calls() -> Calls:
     for dtype, classes, smoothing in itertools.product((HALF, FULL), (65, 50304), (0.0, 0.1)):
-        x, target, lse = meta(8192, classes, dtype=dtype), meta(8192, dtype=torch.int64), meta(8192, dtype=FULL)
+        x, target, lse = (
+            meta(8192, classes, dtype=dtype),
+            meta(8192, dtype=torch.int64),
+            meta(8192, dtype=torch.float64),
+        )
         what, options = f"{NAMES[dtype]} {classes} smoothing {smoothing}", (-100, "mean", smoothing)
         yield what, partial(cross_entropy.cross_entropy, x, target, *options)
         yield (
             f"{what} backward",
-            partial(cross_entropy.cross_entropy_backward, lse.sum(), x, target, lse, *options),
+            partial(cross_entropy.cross_entropy_backward, meta(dtype=FULL), x, target, lse, *options),
         )
 
 

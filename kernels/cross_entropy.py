@@ -49,7 +49,8 @@ def cross_entropy_fwd_kernel(
     if HAS_SMOOTHING:
         loss += smoothing * (lse - sum_v / classes)
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
-    tl.store(lse_ptr + row, tl.where(counted, lse, 0.0))
+    exact = top.to(tl.float64) + tl.log(total).to(tl.float64)
+    tl.store(lse_ptr + row, tl.where(counted, exact, 0.0))
 
 
 @triton.jit
@@ -61,14 +62,18 @@ def cross_entropy_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    exact = tl.load(lse_ptr + row)
+    lse = exact.to(tl.float32)
+    rest = tl.where(
+        tl.abs(lse) < float("inf"), (exact - lse.to(tl.float64)).to(tl.float32), 0.0
+    )  # what fp32 leaves out
     grad = tl.load(grad_ptr + row * grad_stride).to(tl.float32)
     counted = target != ignore_index
     grad = tl.where((target >= 0) & (target < classes), grad, float("nan"))
     inside = col < classes
     v = tl.load(logits_ptr + row * row_stride + col, mask=inside & counted, other=0.0).to(tl.float32)
     wanted = smoothing / classes + tl.where(col == target, 1.0 - smoothing, 0.0)
-    dlogits = tl.where(counted, grad * (tl.exp(v - lse) - wanted), 0.0)
+    dlogits = tl.where(counted, grad * (tl.exp(v - lse) * (1.0 - rest) - wanted), 0.0)
     tl.store(dlogits_ptr + row * classes + col, dlogits, mask=inside)
 
 
@@ -94,12 +99,12 @@ def cross_entropy(
         reduction: "mean" over the targets that are not ignored, "sum" or "none".
 
     Returns:
-        The loss, a scalar or (N) for "none", and each row's log-sum-exp (N), both float32.
+        The loss, a scalar or (N) for "none", float32, and each row's log-sum-exp (N), float64.
     """
     logits, target = _rows(logits), target.contiguous()
     rows, classes = logits.shape
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(loss)
+    lse = torch.empty_like(loss, dtype=torch.float64)
     if rows:
         block, warps = _block(classes)
         cross_entropy_fwd_kernel[(rows,)](

@@ -74,7 +74,8 @@ INLINE void cross_entropy_row(const CrossEntropyArgs& a, int64_t r, float* buffe
   T* dx = a.dlogits == nullptr ? nullptr : static_cast<T*>(a.dlogits) + r * a.classes;
   const int64_t target = a.target[r];
   if (target == a.ignore_index) {
-    a.losses[r] = a.lse[r] = 0.0f;
+    a.losses[r] = 0.0f;
+    a.lse[r] = 0.0;
     if (dx != nullptr) std::fill(dx, dx + a.classes, from_float<T>(0.0f));
     return;
   }
@@ -87,8 +88,8 @@ INLINE void cross_entropy_row(const CrossEntropyArgs& a, int64_t r, float* buffe
     kept = buffer;
   }
   const float total = sum_of_exp(x, a.classes, row.maximum, kept, r + 1 < a.rows ? x + a.classes : x);
-  const float lse = row.maximum + std::log(total);
-  a.lse[r] = lse;
+  a.lse[r] = static_cast<double>(row.maximum) + std::log(static_cast<double>(total));
+  const float lse = static_cast<float>(a.lse[r]);
   a.losses[r] = (1.0f - s) * (lse - at_target) + (s > 0.0f ? s * (lse - row.mean) : 0.0f) +
                 (a.z_loss != 0.0f ? a.z_loss * lse * lse : 0.0f);
   if (dx == nullptr) return;
@@ -130,9 +131,10 @@ void cross_entropy_backward(const CrossEntropyBackwardArgs& a, int threads) {
               std::fill(dx, dx + a.classes, from_float<T>(0.0f));
               continue;
             }
-            const float g = a.grad[r * a.grad_stride] * a.grad_scale, lse = a.lse[r];
+            const float g = a.grad[r * a.grad_stride] * a.grad_scale, lse = static_cast<float>(a.lse[r]);
             const float uniform = g * a.label_smoothing / static_cast<float>(a.classes);
-            const float factor = g * (1.0f + 2.0f * a.z_loss * lse);
+            const float rest = static_cast<float>(a.lse[r] - lse);  // what float leaves out; NaN where lse is infinite
+            const float factor = g * (1.0f + 2.0f * a.z_loss * lse) * (std::isfinite(lse) ? 1.0f - rest : 1.0f);
             const float at_target = to_float(x[target]);  // dx may be the logits' own memory
             for_parts(
                 a.classes,

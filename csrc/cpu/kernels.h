@@ -116,7 +116,7 @@ struct CrossEntropyArgs {
   const void* logits;  // (rows, classes)
   const int64_t* target;
   float* losses;  // (rows), 0 where the target is ignored
-  float* lse;     // (rows), log-sum-exp, for the backward
+  double* lse;    // (rows), log-sum-exp, for the backward: in float its rounding would be the gradient's largest error
   int64_t rows, classes, ignore_index;
   float label_smoothing, z_loss;
   void* dlogits;     // the gradient of the losses' sum times grad_scale, or nullptr; may be `logits`
@@ -127,7 +127,7 @@ struct CrossEntropyBackwardArgs {
   DType dtype;
   const void* logits;
   const int64_t* target;
-  const float* lse;
+  const double* lse;
   const float* grad;    // of each row's loss
   int64_t grad_stride;  // 0: one gradient for all rows
   float grad_scale;     // multiplies every row's gradient: 1 / count for the mean

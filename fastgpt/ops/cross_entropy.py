@@ -38,7 +38,7 @@ def _cpu_forward(
     target = target.contiguous()
     rows, classes = logits.shape
     loss = torch.empty(rows if reduction == "none" else (), dtype=torch.float32)
-    lse = torch.empty(rows, dtype=torch.float32)
+    lse = torch.empty(rows, dtype=torch.float64)
     cpu.kernels.cross_entropy(
         code, logits.data_ptr(), target.data_ptr(), _REDUCTIONS.index(reduction), loss.data_ptr(), lse.data_ptr(), dlogits, 1.0,
         rows, classes, ignore_index, label_smoothing, z_loss, cpu.threads(),
@@ -74,8 +74,8 @@ def _cpu_inplace(
 
 def _fake(logits: Tensor, target: Tensor, ignore_index: int, reduction: str, *_: float) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    lse = logits.new_empty(logits.shape[:1], dtype=wide)
-    return (torch.empty_like(lse) if reduction == "none" else lse.new_empty(())), lse
+    loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=wide)
+    return loss, logits.new_empty(logits.shape[:1], dtype=torch.float64)
 
 
 class _Rule(torch.autograd.Function):

@@ -40,7 +40,7 @@ def _cpu(
     (rows, width), classes = x.shape, weight.shape[0]
     counted = cpu.kernels.count_targets(target.data_ptr(), rows, classes, ignore_index)
     scale = 1.0 if reduction == "sum" else 1.0 / counted if counted else 0.0
-    losses, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+    losses, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float64)
     dx = torch.empty(x.shape if keeps else 0, dtype=x.dtype)
     dweight = torch.empty(weight.shape if keeps else 0, dtype=torch.float32)
     if rows == 0:
@@ -57,7 +57,7 @@ def _cpu(
             half, *codes, 0, x_part, weight.data_ptr(), 0, -1, 0, 0, logits.data_ptr(), count, width, classes, threads
         )
         cpu.kernels.cross_entropy(
-            logits_code, logits.data_ptr(), target.data_ptr() + 2 * row, 0, losses.data_ptr() + row, lse.data_ptr() + row,
+            logits_code, logits.data_ptr(), target.data_ptr() + 2 * row, 0, losses.data_ptr() + row, lse.data_ptr() + 2 * row,
             logits.data_ptr() if keeps else 0, scale, count, classes, ignore_index, label_smoothing, 0.0, threads,
         )  # fmt: skip
         if not keeps:

@@ -185,9 +185,12 @@ _transformer_block_backward = define(
 )
 
 
-@torch.compiler.assume_constant_result
 def _on_cpu() -> bool:
     return backend.engine_of("transformer_block")[0] == "cpu"
+
+
+# What torch.compiler.assume_constant_result sets; calling that imports all of torch._dynamo (1.3 s), and with it triton.
+_on_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def covers(x: Tensor) -> bool:

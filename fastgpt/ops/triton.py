@@ -118,8 +118,9 @@ def _cross_entropy_backward(
     z_loss: float = 0.0,
 ) -> Tensor:  # fmt: skip
     _cross_entropy_covers(logits, z_loss)
-    tensors = (grad, logits, target, lse)
-    return _run("cross_entropy", "cross_entropy_backward", tensors, *tensors, ignore_index, reduction, label_smoothing)
+    checked = (grad, logits, target)  # not lse, which is float64
+    options = (ignore_index, reduction, label_smoothing)
+    return _run("cross_entropy", "cross_entropy_backward", checked, grad, logits, target, lse, *options)
 
 
 def _attention_covers(dropout_p: float, *tensors: Tensor) -> None:
