@@ -279,8 +279,6 @@ def test_constructor_errors() -> None:
             Tokenizer(bad)
     with pytest.raises(ValueError, match="of another token"):
         Tokenizer(tokens, special_tokens={"<|x|>": 97})
-    with pytest.raises(ValueError, match="same id"):
-        Tokenizer(tokens, special_tokens={"<|x|>": 300, "<|y|>": 300})
     with pytest.raises(TypeError, match="special_tokens"):
         Tokenizer(tokens, special_tokens={"<|x|>": "300"})
     with pytest.raises(TypeError, match="bytes"):
@@ -291,6 +289,16 @@ def test_constructor_errors() -> None:
         Tokenizer(tokens, pattern="(unclosed")
     with pytest.raises(ValueError, match="merge 0"):
         Tokenizer(tokens, merges=[(97, 98)])
+
+
+def test_two_names_of_a_special_id(tmp_path) -> None:
+    tokens = {bytes([i]): i for i in range(256)}
+    tokenizer = Tokenizer(tokens, special_tokens={"<|z|>": 300, "<|a|>": 300})
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for each in (tokenizer, Tokenizer.load(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(tokenizer))):
+        assert each.encode("<|a|>b<|z|>", allowed_special="all") == [300, 98, 300]
+        assert each.decode([300]) == "<|z|>"
+        assert each.n_vocab == 301
 
 
 class TestChar:

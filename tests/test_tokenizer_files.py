@@ -141,7 +141,6 @@ class TestGetEncoding:
                 hashes.clear()
                 theirs = public.ENCODING_CONSTRUCTORS[name]()
                 assert PATTERNS[encoding.pattern] == theirs["pat_str"]
-                theirs["special_tokens"].pop("<|reserved_200018|>", None)  # a second name of one id
                 assert encoding.special_tokens == theirs["special_tokens"]
                 if hashes:
                     assert hashes == [registry._SHA256[encoding.vocabulary]]

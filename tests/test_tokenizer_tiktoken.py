@@ -188,6 +188,17 @@ def test_special_tokens(pair) -> None:
     )
 
 
+def test_an_id_with_two_names() -> None:
+    theirs, encoding = reference("o200k_harmony"), ENCODINGS["o200k_harmony"]
+    path = shared("data/vocab") / "o200k_base.tiktoken"
+    ours = Tokenizer.from_tiktoken(path, encoding.pattern, encoding.special_tokens)
+    assert ours.special_tokens == theirs._special_tokens
+    text = "".join(f"{name} x" for name in ours.special_tokens)
+    ids = theirs.encode(text, allowed_special="all")
+    assert ours.encode(text, allowed_special="all") == ids
+    assert ours.decode(ids) == theirs.decode(ids)
+
+
 def test_vocabulary(pair) -> None:
     theirs, ours = pair
     assert ours.n_vocab == theirs.n_vocab

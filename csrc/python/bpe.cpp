@@ -139,10 +139,11 @@ class Bpe {
     for (const auto& [text, id] : special_tokens_) special_bytes += text.size();
     special_arena_.reserve(special_bytes);  // so that it does not move
     for (const auto& [text, id] : special_tokens_) {
-      if (!pieces_[id].empty()) {
+      if (!vocabulary.bytes(id).empty()) {
         throw std::invalid_argument("the special token " + text + " has the id " + std::to_string(id) +
                                     " of another token");
       }
+      if (!pieces_[id].empty()) continue;  // a second name of the id
       special_arena_ += text;
       pieces_[id] = std::string_view(special_arena_).substr(special_arena_.size() - text.size());
     }

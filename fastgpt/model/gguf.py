@@ -311,7 +311,7 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None
     # As in tokenizer.json: where ids are ranks, every pair that joins to a token, in order of that token.
     given = [(by_id[left], by_id[right]) for left, right in tokenizer.merges]
     merges = given or [(written(a), written(b)) for a, b in all_pairs(tokenizer.tokens)]
-    special = {id: text for text, id in tokenizer.special_tokens.items()}
+    special = {id: text for text, id in reversed(tokenizer.special_tokens.items())}  # of two names the first
     texts = [special.get(id, by_id.get(id, f"[unused {id}]")) for id in range(vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(names[rule])

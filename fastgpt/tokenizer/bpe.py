@@ -43,7 +43,8 @@ class Tokenizer(Decoding):
             is the rank.
         pattern: the pre-tokenizer, a name ("gpt2", "cl100k_base", "o200k_base", "llama3", "qwen2") or a regular
             expression.
-        special_tokens: text of the special tokens and their ids; `encode` gives them only where it is allowed to.
+        special_tokens: text of the special tokens and their ids; `encode` gives them only where it is allowed to. Of
+            two with one id, decoding gives the first.
         name: what to call it.
         merges: pairs of ids in order of rank; then only these pairs join, as in Hugging Face's files.
         whole_first: a pre-token that is a token is taken whole, without looking at ranks. True is tiktoken's rule.
@@ -74,8 +75,6 @@ class Tokenizer(Decoding):
         for text, id in self.special_tokens.items():
             if not isinstance(text, str) or not isinstance(id, int) or isinstance(id, bool) or id < 0:
                 raise TypeError(f"special_tokens: got {text!r}: {id!r}, expected str: int of at least 0")
-        if len(set(self.special_tokens.values())) != len(self.special_tokens):
-            raise ValueError("special_tokens: two of them have the same id")
         self._tokens = dict(tokens)
         self._merges = list(merges) if merges is not None else []
         self._bpe = Bpe(self._tokens, list(self.special_tokens.items()), self._merges, self.pattern_name, whole_first)

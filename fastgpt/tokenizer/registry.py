@@ -59,8 +59,8 @@ def _harmony() -> dict[str, int]:
         "<|call|>": 200012,
         "<|endofprompt|>": 200018,
     }
-    # tiktoken gives 200018 a second name, <|reserved_200018|>; here an id has one.
-    taken = set(named.values())
+    # As in tiktoken, 200018 has a second name, <|reserved_200018|>; it decodes to the first.
+    taken = set(named.values()) - {200018}
     return named | {f"<|reserved_{id}|>": id for id in range(200000, 201088) if id not in taken}
 
 
