@@ -1,0 +1,105 @@
+// The names of csrc/cuda/ptx.cuh on the emulator.
+#pragma once
+
+namespace fastgpt::ptx {
+
+inline uint32_t shared_address(const void* pointer) { return emu::shared_address(pointer); }
+
+inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  if (valid && reinterpret_cast<uintptr_t>(global) % 16)
+    emu::fail("cp.async: the global address is not a multiple of 16");
+  emu::copy_async(emu::shared_pointer(shared, 16, 16, "cp.async"), global, 16, valid ? 16 : 0);
+}
+
+inline void cp_async_commit() { emu::copy_async_commit(); }
+
+template <int kInFlight>
+void cp_async_wait() {
+  emu::copy_async_wait(kInFlight);
+}
+
+struct LdMatrix {
+  const uint16_t* row;
+  uint32_t* result;
+};
+
+template <bool kTransposed>
+void ldmatrix_execute(void* const* lanes, unsigned mask) {
+  if (mask != 0xffffffffu) emu::fail("ldmatrix with mask %08x", mask);
+  for (int l = 0; l < 32; ++l) {
+    for (int m = 0; m < 4; ++m) {
+      const auto row = [&](int i) { return static_cast<LdMatrix*>(lanes[8 * m + i])->row; };
+      const uint32_t low = kTransposed ? row(l % 4 * 2)[l / 4] : row(l / 4)[l % 4 * 2];
+      const uint32_t high = kTransposed ? row(l % 4 * 2 + 1)[l / 4] : row(l / 4)[l % 4 * 2 + 1];
+      static_cast<LdMatrix*>(lanes[l])->result[m] = low | high << 16;
+    }
+  }
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
+  LdMatrix argument{static_cast<uint16_t*>(emu::shared_pointer(row, 16, 16, "ldmatrix")), r};
+  emu::was_read(argument.row, 16);
+  emu::warp_meet(0xffffffffu, "ldmatrix", &argument, ldmatrix_execute<false>);
+}
+
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t row) {
+  LdMatrix argument{static_cast<uint16_t*>(emu::shared_pointer(row, 16, 16, "ldmatrix.trans")), r};
+  emu::was_read(argument.row, 16);
+  emu::warp_meet(0xffffffffu, "ldmatrix.trans", &argument, ldmatrix_execute<true>);
+}
+
+template <class T>
+float half_to_float(uint32_t pair, int which) {
+  const uint16_t bits = uint16_t(pair >> (16 * which));
+  T value;
+  memcpy(&value, &bits, 2);
+  return value;
+}
+
+struct Mma {
+  float* d;
+  const uint32_t* a;
+  uint32_t b0, b1;
+};
+
+template <class T>
+void mma_execute(void* const* lanes, unsigned mask) {
+  if (mask != 0xffffffffu) emu::fail("mma with mask %08x", mask);
+  float a[16][16], b[16][8];
+  for (int l = 0; l < 32; ++l) {
+    const Mma& m = *static_cast<Mma*>(lanes[l]);
+    for (int r = 0; r < 4; ++r) {
+      for (int e = 0; e < 2; ++e) a[l / 4 + 8 * (r & 1)][8 * (r / 2) + 2 * (l % 4) + e] = half_to_float<T>(m.a[r], e);
+    }
+    for (int e = 0; e < 2; ++e) {
+      b[2 * (l % 4) + e][l / 4] = half_to_float<T>(m.b0, e);
+      b[8 + 2 * (l % 4) + e][l / 4] = half_to_float<T>(m.b1, e);
+    }
+  }
+  float d[16][8] = {};
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+    }
+  }
+  for (int l = 0; l < 32; ++l) {
+    float* out = static_cast<Mma*>(lanes[l])->d;
+    for (int i = 0; i < 4; ++i) out[i] += d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
+  }
+}
+
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Mma argument{d, a, b0, b1};
+  emu::warp_meet(0xffffffffu, "mma.m16n8k16", &argument, mma_execute<T>);
+}
+
+inline float exp2_approx(float x) { return exp2f(x); }
+
+template <class T>
+uint32_t pack(float low, float high) {
+  const T l(low), h(high);
+  return uint32_t(l.bits) | uint32_t(h.bits) << 16;
+}
+
+}  // namespace fastgpt::ptx
