@@ -26,6 +26,13 @@ struct LdMatrix {
 template <bool kTransposed>
 void ldmatrix_execute(void* const* lanes, unsigned mask) {
   if (mask != 0xffffffffu) emu::fail("ldmatrix with mask %08x", mask);
+  for (int m = 0; m < 4; ++m) {
+    unsigned banks = 0;  // of 16 bytes
+    for (int i = 0; i < 8; ++i) {
+      banks |= 1u << (emu::shared_address(static_cast<LdMatrix*>(lanes[8 * m + i])->row) / 16 % 8);
+    }
+    if (banks != 0xff) emu::fail("ldmatrix: rows of matrix %d lie in the same banks", m);
+  }
   for (int l = 0; l < 32; ++l) {
     for (int m = 0; m < 4; ++m) {
       const auto row = [&](int i) { return static_cast<LdMatrix*>(lanes[8 * m + i])->row; };

@@ -1,0 +1,89 @@
+"""Attention on the emulator held to the one tolerance rule: at most twice torch's own error, against the formula in float64."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from parity import assert_parity, random
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from emu.emulator import MODES, Emulator
+from fastgpt.ops import reference
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a call; heads lie between rows, (B, T, H, D) in memory."""
+
+    queries: int
+    keys: int
+    dim: int = 64
+    causal: bool = False
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    magnitude: float = 1.0
+
+    def tensor(self, heads: int, length: int, seed: int) -> Tensor:
+        return random(self.batch, length, heads, self.dim, dtype=self.dtype, seed=seed, scale=self.magnitude)
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.dim)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """torch's own result for (B, H, T, D), 0 for queries that see nothing."""
+    mask = reference.causal_mask(q.shape[2], k.shape[2], q.device) if causal else None
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out if mask is None else torch.where(mask.any(-1)[:, None], out, 0.0)
+
+
+def check(
+    emulator: Emulator,
+    case: Case,
+    mode: tuple[str, str] = MODES[0],
+    seed: int = 0,
+    bug: str | None = None,
+    backward: bool = True,
+    sanitizer: str | None = None,
+) -> list[Tensor]:
+    """Run forward and backward, hold out, lse and the three gradients to the rule, and return them."""
+    c, name = case, NAMES[case.dtype]
+    q, grad = c.tensor(c.heads, c.queries, 1), c.tensor(c.heads, c.queries, 4)
+    k, v = c.tensor(c.kv_heads, c.keys, 2), c.tensor(c.kv_heads, c.keys, 3)
+    poison = float("nan")
+    out, lse = torch.full_like(q, poison), torch.full((c.batch, c.heads, c.queries), poison)
+    sizes = (c.batch, c.heads, c.kv_heads, c.queries, c.keys, c.dim, int(c.causal), float(c.scale))
+
+    def call(kernel: str, *arguments: Tensor | int | float) -> None:
+        if sanitizer is None:
+            emulator(f"{kernel}_{name}", *arguments, mode=mode, seed=seed, bug=bug)
+        else:
+            emulator.sanitized(sanitizer, f"{kernel}_{name}", *arguments, mode=mode, seed=seed, bug=bug)
+
+    call("attention_fwd", q, k, v, out, lse, *sizes)
+    wide_q, wide_k, wide_v = (x.double().transpose(1, 2) for x in (q, k, v))
+    exact, exact_lse = reference.attention(wide_q, wide_k, wide_v, c.causal, c.scale)
+    narrow = q1, k1, v1 = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
+    theirs = _torch(q1, k1, v1, c.causal)
+    assert_parity(out.transpose(1, 2), theirs, exact, "out")
+    seen = torch.isfinite(exact_lse)
+    assert torch.equal(torch.isfinite(lse), seen), "lse is -inf elsewhere than where a query sees no key"
+    torch.testing.assert_close(lse[seen].double(), exact_lse[seen], rtol=1e-5, atol=1e-5)
+    if not backward:
+        return [out, lse]
+
+    results = [torch.full_like(x, poison) for x in (q, k, v)]
+    call("attention_bwd", q, k, v, out, lse, *sizes, grad, *results, torch.full_like(lse, poison))
+    exact_grads = reference.attention_backward(
+        grad.double().transpose(1, 2), wide_q, wide_k, wide_v, exact, exact_lse, c.causal, c.scale
+    )
+    torch_grads = torch.autograd.grad(theirs, narrow, grad.transpose(1, 2))
+    for what, mine, torchs, right in zip("qkv", results, torch_grads, exact_grads, strict=True):
+        assert_parity(mine.transpose(1, 2), torchs, right, f"gradient of {what}")
+    return [out, lse, *results]
