@@ -151,3 +151,43 @@ def test_no_engine_for_an_op_says_so(monkeypatch):
         backend.engine_of("tanh")
     with pytest.raises(NotImplementedError, match="no engine covers"):
         ops.tanh(random(3))
+
+
+def test_modes_and_subclasses_see_the_op_inside_its_autograd_rule():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = random(4).requires_grad_()
+    with Spy():
+        ops.tanh(x)
+    assert torch.ops.fastgpt.tanh.default in seen
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    assert type(ops.tanh(fake)).__name__ == "FakeTensor"
+    assert ops.tanh(torch.empty(3, device="meta", requires_grad=True)).is_meta
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.tanh(x)
+    assert "fastgpt::tanh" in {event.key for event in profile.key_averages()}
+    negative = torch.view_as_complex(random(4, 2)).conj().imag
+    assert negative.is_neg()
+    assert torch.equal(ops.relu(negative), torch.relu(negative))
+
+
+def test_plain_tensors_go_past_the_dispatcher(monkeypatch):
+    calls = []
+    run = backend._run
+    monkeypatch.setattr(backend, "_run", lambda op, *args: calls.append(op) or run(op, *args))
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", lambda self, *args: pytest.fail("through the dispatcher"))
+    x = random(4).requires_grad_()
+    ops.tanh(x).sum().backward()
+    assert calls == ["tanh", "tanh_backward"]
+    with torch.no_grad():
+        ops.tanh(x)
+    assert calls == ["tanh", "tanh_backward", "tanh"]
