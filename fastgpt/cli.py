@@ -9,6 +9,7 @@ on stderr; 128 + N ended by signal N (130 after Ctrl-C, with a checkpoint writte
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from fastgpt import __version__
-from fastgpt.errors import UserError
+from fastgpt.errors import SaidElsewhere, UserError
 from fastgpt.train.config import load_config, nearest, options, preset_names, read_preset, read_yaml, sections
 
 # Short names of options whose own name says too little without its section; None: no short name.
@@ -123,7 +124,7 @@ def train(arguments: Sequence[str]) -> int:
     from fastgpt.train.threads import wait_politely
 
     keep_pages()  # before torch takes its first memory
-    if wait_politely():  # before torch loads OpenMP
+    if wait_politely() and os.environ.get("RANK", "0") == "0":  # before torch loads OpenMP
         _say("note: other work is running on these cores, so threads sleep while they wait; a quiet machine is faster")
     from fastgpt.train.run import locked, open_run, start_run
 
@@ -131,27 +132,40 @@ def train(arguments: Sequence[str]) -> int:
         from fastgpt.train.dry_run import dry_run as print_dry_run
 
         return print_dry_run(config)
-    if resume is None:
-        run = start_run(config, Path(out) if out is not None else None, _say)
-    else:
-        layers = [read_preset(preset)] if preset is not None else []
-        layers += [read_yaml(Path(file))] if file is not None else []
-        run = open_run(Path(resume), layers, given)
+    from fastgpt.train.parallel import joined
 
-    from fastgpt.train.loop import Trainer
+    device = str(given.get("train.device", "auto" if resume is not None else config.train.device))
+    with joined(device) as group:
+        if resume is None:
 
-    with locked(run.folder):
-        trainer = Trainer(run, _say)
-        _say(trainer.description)
-        outcome = trainer.fit()
+            def prepare() -> Path:
+                return start_run(config, Path(out) if out is not None else None, _say).folder
+
+            folder = group.first(prepare)
+            run = open_run(folder, [], {})
+        else:
+            layers = [read_preset(preset)] if preset is not None else []
+            layers += [read_yaml(Path(file))] if file is not None else []
+            run = open_run(Path(resume), layers, given)
+
+        from fastgpt.train.loop import Trainer
+
+        with locked(run.folder) if group.main else contextlib.nullcontext():
+            trainer = Trainer(run, _say, group)
+            trainer.say(trainer.description)
+            outcome = trainer.fit()
+    return _conclude(trainer, outcome) if group.main else outcome.exit_code
+
+
+def _conclude(trainer: Any, outcome: Any) -> int:
+    """What a run came to, and its sample; returns the exit code."""
     if outcome.status == "diverged":
         print(f"fastgpt: error: {outcome.message}", file=sys.stderr)
-        return 1
-    if outcome.message:
+    elif outcome.message:
         _say(outcome.message)
-    if outcome.status == "interrupted":
-        return 128 + outcome.signal
-
+    if outcome.exit_code:
+        return outcome.exit_code
+    run = trainer.run
     summary = trainer.finish()
     print(
         f"validation loss {summary['val_loss']:.4f} ({summary['val_bits_per_byte']:.3f} bits per byte), "
@@ -376,6 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return COMMANDS[arguments[0]][0](arguments[1:])
         finally:
             signal.signal(signal.SIGTERM, previous)
+    except SaidElsewhere:
+        return 2
     except UserError as error:
         print("fastgpt: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

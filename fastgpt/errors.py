@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message says what, why, and what would be accepted."""
+
+
+class SaidElsewhere(UserError):
+    """An error of a job of several processes that another process has met and says."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.model.config import GPTConfig
@@ -124,6 +125,10 @@ class GPT(torch.nn.Module):
     Args:
         config: a GPTConfig; kept as `model.config`.
 
+    Attributes:
+        activation_checkpointing: whether training keeps each block's input alone and computes the block again in the backward pass
+            (arXiv:1604.06174): less memory, about a third more work, the same gradients. False at first.
+
     Example:
         >>> model = GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=2, n_head=2, n_embd=16))
         >>> logits, loss = model(torch.zeros(3, 8, dtype=torch.int64))
@@ -134,6 +139,7 @@ class GPT(torch.nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         # Made without memory, then allocated once: torch's own starting weights would be drawn only to be overwritten.
         with torch.device("meta"):
             self.wte = Embedding(config.vocab_size, config.n_embd)
@@ -217,8 +223,11 @@ class GPT(torch.nn.Module):
         rope = self._turns(start, T)
         x = ops.dropout(x, self.config.dropout, self.training)
         if cache is None:
+            again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
             for block in self.h:
-                x = block(x, None, rope)  # (B, T, C)
+                x = (
+                    checkpoint(block, x, None, rope, use_reentrant=False) if again else block(x, None, rope)
+                )  # (B, T, C)
         else:
             for block, layer_cache in zip(self.h, cache.layers, strict=True):
                 x = block(x, layer_cache, rope)  # (B, T, C)

@@ -12,6 +12,7 @@ checkpoint.
 import json
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,9 +46,23 @@ def save_model(model: GPT, path: str | os.PathLike[str]) -> None:
         >>> load_model("model.safetensors").config == model.config
         True
     """
+    save_tensors({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, model.config, path)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], config: GPTConfig, path: str | os.PathLike[str]) -> None:
+    """`save_model` for weights that no one model holds: those of a model divided over processes, put together.
+
+    Args:
+        tensors: by the names of the model's state_dict, on the CPU.
+        config: the model's.
+        path: as `save_model`.
+
+    Raises:
+        UserError: as `save_model`.
+    """
     path = Path(path)
-    metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(model.config.to_dict())}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict())}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -93,12 +108,17 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     return model.eval()
 
 
-def load_weights(model: GPT, path: str | os.PathLike[str]) -> None:
+def load_weights(
+    model: GPT,
+    path: str | os.PathLike[str],
+    place: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> None:
     """Copies the weights of a file into a model of the same shape, which keeps its device, dtypes, dropout and mode.
 
     Args:
         model: the model to fill; unchanged if anything is wrong with the file.
         path: a model.safetensors, or a run folder that holds one.
+        place: of a model divided over processes: makes of a whole tensor, and the model's own, one that is divided alike.
 
     Raises:
         UserError: as `load_model`, and where the file was written by a model with another configuration (fields that
@@ -109,15 +129,23 @@ def load_weights(model: GPT, path: str | os.PathLike[str]) -> None:
         >>> load_weights(GPT(model.config), "model.safetensors")
     """
     path = _weights_file(path)
-    theirs, ours = read_config(path).to_dict(), model.config.to_dict()
+    check_config(read_config(path), model.config, path)
+    tensors = _read_tensors(path, model, "cpu")
+    if place is not None:
+        tensors = {name: place(tensors[name], there) for name, there in model.state_dict().items()}
+    model.load_state_dict(tensors)
+
+
+def check_config(theirs: GPTConfig, ours: GPTConfig, path: str | os.PathLike[str]) -> None:
+    """Raises UserError unless weights of a model with the configuration `theirs`, which stand in `path`, fit one with `ours`."""
+    there, here = theirs.to_dict(), ours.to_dict()
     different = [
-        f"{name} = {theirs[name]!r} there, {ours[name]!r} here"
-        for name in ours
-        if theirs[name] != ours[name] and name not in _FREE_FIELDS
+        f"{name} = {there[name]!r} there, {here[name]!r} here"
+        for name in here
+        if there[name] != here[name] and name not in _FREE_FIELDS
     ]
     if different:
         raise UserError(f"{path}: holds a model with another configuration: {'; '.join(different)}")
-    model.load_state_dict(_read_tensors(path, model, "cpu"))
 
 
 def read_config(path: str | os.PathLike[str]) -> GPTConfig:

@@ -91,7 +91,7 @@ class ModelConfig:
 class TrainConfig:
     """How the model is trained."""
 
-    batch_size: int = option(8, "sequences in one forward pass", at_least=1)
+    batch_size: int = option(8, "sequences in one forward pass, of all processes together", at_least=1)
     grad_accum_steps: int = option(1, "forward and backward passes for one optimizer step", at_least=1)
     max_steps: int | None = option(None, "length of the run in optimizer steps", at_least=1)
     epochs: float | None = option(None, "length of the run in passes over the training text", above=0.0)
@@ -120,6 +120,15 @@ class TrainConfig:
         "auto",
         "number format of the matrix products (auto: bfloat16 where the chip has instructions for it)",
         choices=("auto", "float32", "bfloat16"),
+    )
+    parallel: str = option(
+        "ddp",
+        "what the processes of torchrun share: gradients (ddp), or weights, gradients and moments, each a part (fsdp)",
+        choices=("ddp", "fsdp"),
+    )
+    activation_checkpointing: bool = option(
+        False,
+        "keep each block's input alone and compute the block again in the backward pass: less memory, a third more work",
     )
     matmul_precision: str = option("highest", "torch's float32 matmul precision", choices=("highest", "high", "medium"))
     threads: int = option(0, "threads for the CPU (0: torch's own choice)", at_least=0)

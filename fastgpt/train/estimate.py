@@ -13,6 +13,7 @@ Operations are `GPT.flops_per_token`. The time of a step is measured on this mac
 into the memory; where it is not, it is computed from the rate of one matrix product measured here, at ASSUMED_SHARE of it.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -98,6 +99,21 @@ def activation_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> 
         ):
             torch.func.functional_call(model, weights, (idx, idx), {"need_logits": False})
     return sum(kept.values())
+
+
+def checkpointed_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> int:
+    """The same with activation checkpointing, at its highest: every block's input, and what one block and the head keep.
+
+    Args:
+        config, batch_size, dtype: as `activation_bytes`.
+
+    Example:
+        >>> config = GPTConfig(vocab_size=65, block_size=64, n_layer=8, n_head=2, n_embd=16)
+        >>> checkpointed_bytes(config, 4, torch.float32) < activation_bytes(config, 4, torch.float32) / 3
+        True
+    """
+    inputs = (config.n_layer - 1) * batch_size * config.block_size * config.n_embd * 4  # the residual stream is float32
+    return inputs + activation_bytes(dataclasses.replace(config, n_layer=1), batch_size, dtype)
 
 
 def estimate(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> Estimate:
@@ -203,6 +219,8 @@ def report(
     """
     B, accum = options.batch_size, options.grad_accum_steps
     found = estimate(config, B, dtype)
+    if options.activation_checkpointing:
+        found = dataclasses.replace(found, activation_bytes=checkpointed_bytes(config, B, dtype))
     tokens = B * accum * config.block_size
     yield f"parameters: {found.n_params:,}"
     yield f"operations: {count(found.flops_per_token)}FLOP a token, {count(found.flops_per_token * tokens)}FLOP a step"
@@ -238,19 +256,21 @@ def plan_rows(presets: Iterable[str], world_sizes: Iterable[int]) -> list[str]:
 
     rows = [
         "| preset | parameters | FLOP a token | GPUs | batch a GPU | activations a GPU | memory a GPU, DDP | memory a GPU, sharded "
-        "| time of 20 tokens a parameter |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| the same, checkpointed | time of 20 tokens a parameter |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for preset in presets:
         config = load_config(preset=preset)
         B = config.train.batch_size
-        found = estimate(model_config(config, 50257), B, torch.bfloat16)
+        shape = model_config(config, 50257)
+        found, least = estimate(shape, B, torch.bfloat16), checkpointed_bytes(shape, B, torch.bfloat16)
         for world in world_sizes:
             share = found.activation_bytes
             ddp, sharded = found.state_bytes + share, found.state_bytes // world + share
+            checkpointed = found.state_bytes // world + least
             seconds = 20 * found.n_params * found.flops_per_token / (PLAN_FLOPS * ASSUMED_SHARE * world)
             rows.append(
                 f"| {preset} | {count(found.n_params)} | {count(found.flops_per_token)} | {world} | {B} x 1024 | {share / 1e9:.1f} GB "
-                f"| {ddp / 1e9:.1f} GB | {sharded / 1e9:.1f} GB | {duration(seconds)} |"
+                f"| {ddp / 1e9:.1f} GB | {sharded / 1e9:.1f} GB | {checkpointed / 1e9:.1f} GB | {duration(seconds)} |"
             )
     return rows

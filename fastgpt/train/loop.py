@@ -10,6 +10,8 @@ state, plan), so a resumed run repeats the uninterrupted one bit for bit on the 
 A time budget becomes a number of steps after its first seconds (`fastgpt.train.plan`). It is a plan, not a stopwatch: on a machine
 that slows down later, the run takes longer.
 
+Of several processes (fastgpt.train.parallel) each trains on its rows of every batch; rank 0 writes and speaks.
+
 The run stops early, and says why in plain words, when Ctrl-C comes (a checkpoint is written first), when the loss is no longer a finite
 number, and when the validation loss has not improved for `patience` evaluations.
 """
@@ -29,18 +31,26 @@ import torch
 
 from fastgpt.data.loader import EvalBatches, Loader
 from fastgpt.errors import UserError
-from fastgpt.model import GPT, load_model, save_model
+from fastgpt.model import GPT, load_model
+from fastgpt.model.weights import save_tensors
 from fastgpt.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, fit_bigram, mean_loss
 from fastgpt.train.files import explain_writing
 from fastgpt.train.metrics import Metrics, plot_losses
 from fastgpt.train.optimizer import build_optimizer, clip_scale
+from fastgpt.train.parallel import Group, Parallel, device_of, explain_loss, launcher, lost_peer
 from fastgpt.train.plan import Budget, eval_interval
 from fastgpt.train.progress import Progress, duration
 from fastgpt.train.run import KEEP_CHECKPOINTS, Run, choose_device, write_config, write_summary
 from fastgpt.train.schedule import Schedule
 
 PLOT_INTERVAL_S = 5.0
+SAME_SIGNAL_S = 5.0
+ALONE = Group()
+
+
+def _nothing(message: str) -> None:
+    """What the ranks other than 0 say."""
 
 
 @dataclass
@@ -59,6 +69,11 @@ class Outcome:
     state: TrainState
     signal: int = 0
 
+    @property
+    def exit_code(self) -> int:
+        """That of the process: 0, 1 where the run diverged, 128 + N after signal N."""
+        return 1 if self.status == "diverged" else 128 + self.signal if self.status == "interrupted" else 0
+
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """torch.float32 or torch.bfloat16 for `train.dtype`; auto takes bfloat16 where the chip multiplies it in hardware."""
@@ -76,6 +91,7 @@ class Trainer:
     Args:
         run: a complete run folder, new or to be gone on with.
         say: receives lines for the user before the bar is up.
+        group: the processes that train together; each makes a Trainer and calls the same methods.
 
     Raises:
         UserError: a damaged or foreign checkpoint, a device that is not there.
@@ -84,15 +100,20 @@ class Trainer:
         >>> outcome = Trainer(start_run(load_config(), Path("run"), print), print).fit()  # doctest: +SKIP
     """
 
-    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, say: Callable[[str], None], group: Group = ALONE) -> None:
         options = run.config.train
-        self.run, self.options, self.say = run, options, say
-        self.device = choose_device(options.device)
+        self.run, self.options, self.group = run, options, group
+        self.say = say if group.main else _nothing
+        self.device = device_of(choose_device(options.device), group)
         self.dtype = choose_dtype(options.dtype, self.device)
         if options.threads:
             torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         self.model = GPT(run.model_config()).to(self.device)
+        self.model.activation_checkpointing = options.activation_checkpointing
+        self.parallel = Parallel(self.model, group, options.parallel)
+        if group.rank:  # the same weights on all ranks, but a dropout of its own on each
+            torch.manual_seed(options.seed + group.rank)
         self.optimizer = build_optimizer(
             self.model,
             learning_rate=options.learning_rate,
@@ -101,29 +122,36 @@ class Trainer:
         )
         block_size = self.model.config.block_size
         self.loader = Loader(
-            run.tokens.train, block_size, options.batch_size, options.seed, order=run.config.data.order
+            run.tokens.train,
+            block_size,
+            options.batch_size,
+            options.seed,
+            order=run.config.data.order,
+            rank=group.rank,
+            world_size=group.world_size,
         )
         self.eval_train = EvalBatches(
             run.tokens.train, block_size, options.batch_size, options.eval_tokens, what="training"
         )
         self.eval_val = EvalBatches(run.tokens.val, block_size, options.batch_size, options.eval_tokens)
         self.final_val = EvalBatches(run.tokens.val, block_size, options.batch_size, options.final_eval_tokens)
-        self.bigram = fit_bigram(run.tokens.train, run.tokenizer.n_vocab)
-        self.bigram_val_loss = bigram_loss(self.bigram, self.eval_val)
+        self.bigram = fit_bigram(run.tokens.train, run.tokenizer.n_vocab) if group.main else None
+        self.bigram_val_loss = bigram_loss(self.bigram, self.eval_val) if self.bigram is not None else math.nan
         self.metrics = Metrics(run.folder / "metrics.jsonl")
         self.state = TrainState(threads=torch.get_num_threads())
-        self.last_good = latest_checkpoint(run.folder)
+        self.last_good = group.agree(latest_checkpoint(run.folder))
         if self.last_good is not None:
             self._restore(self.last_good)
-        write_config(run)
-        self.metrics.keep_until(self.state.step if self.last_good is not None else -1)
+        if group.main:
+            write_config(run)
+            self.metrics.keep_until(self.state.step if self.last_good is not None else -1)
         self._plan()
-        self._signal = 0
+        self._signal, self._signal_time, self._stop = 0, 0.0, False
         self._interval_tokens, self._interval_s, self._plotted = 0, 0.0, 0.0
 
     def _restore(self, checkpoint: Path) -> None:
         threads = self.state.threads
-        self.state = load_checkpoint(checkpoint, self.model, self.optimizer)
+        self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.group)
         self.say(f"resuming from {checkpoint}")
         if self.state.threads != threads:
             self.say(
@@ -137,6 +165,8 @@ class Trainer:
         """One line: the model, the device, the number format."""
         config, words = self.model.config, str(self.dtype).removeprefix("torch.")
         threads = f" with {self.state.threads} threads" if self.device.type == "cpu" else ""
+        if self.group.world_size > 1:
+            threads += f", {self.group.world_size} processes ({self.options.parallel})"
         return (
             f"model: {self.model.n_params() / 1e6:.2f} M parameters, {config.n_layer} layers, {config.n_head} heads, "
             f"{config.n_embd} wide, block {config.block_size}; {words} on {self.device}{threads}"
@@ -171,23 +201,36 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for micro in range(accum):
             x, y = self.loader.batch(self.state.step, micro, accum)
-            with autocast(self.device, self.dtype):
-                _, loss = self.model(x.to(self.device), y.to(self.device), need_logits=False)
-            (loss / accum if accum > 1 else loss).backward()
+            with self.parallel.part(last=micro == accum - 1):
+                with autocast(self.device, self.dtype):
+                    _, loss = self.parallel.forward(x.to(self.device), y.to(self.device), need_logits=False)
+                (loss / accum if accum > 1 else loss).backward()
             total += loss.detach()
         norm = self.optimizer.grad_norm()
-        value = total.item() / accum
+        value = self._mean_and_signal(total) / accum
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
             self.optimizer.step(grad_scale=clip_scale(norm, options.grad_clip))
         self.optimizer.zero_grad(set_to_none=True)
         return value if finite else None
 
+    def _mean_and_signal(self, loss: torch.Tensor) -> float:
+        """The mean of a loss over the ranks; in the same exchange they learn whether a signal has come to one of them."""
+        if self.group.world_size == 1:
+            self._stop = self._signal != 0
+            return loss.item()
+        mine = torch.stack([loss, torch.full_like(loss, float(self._signal != 0))])
+        total, signals = self.group.sum(mine).tolist()
+        self._stop = signals > 0
+        return total / self.group.world_size
+
+    def _mean_loss(self, batches: EvalBatches) -> float:
+        return mean_loss(self.model, batches, self.device, self.dtype, self.group)
+
     def _evaluate(self, progress: Progress, learning_rate: float) -> bool:
         """Measure, record, keep better weights; False where the validation loss is not finite."""
         state = self.state
-        train_loss = mean_loss(self.model, self.eval_train, self.device, self.dtype)
-        val_loss = mean_loss(self.model, self.eval_val, self.device, self.dtype)
+        train_loss, val_loss = self._mean_loss(self.eval_train), self._mean_loss(self.eval_val)
         if not math.isfinite(val_loss):
             return False
         speed = self._interval_tokens / self._interval_s if self._interval_s else 0.0
@@ -196,10 +239,12 @@ class Trainer:
         if better:
             state.best_loss, state.best_step, state.train_loss_at_best = val_loss, state.step, train_loss
             state.evals_without_better = 0
-            save_model(self.model, self.run.folder / "model.safetensors")
+            weights = self.parallel.weights()
+            if self.group.main:
+                save_tensors(weights, self.model.config, self.run.folder / "model.safetensors")
         else:
             state.evals_without_better += 1
-        self.metrics.append(
+        self._record(
             {
                 "step": state.step,
                 "train_loss": train_loss,
@@ -218,6 +263,10 @@ class Trainer:
             self._warn_overfitting(progress, train_loss, val_loss)
         return True
 
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.group.main:
+            self.metrics.append(line)
+
     def _warn_overfitting(self, progress: Progress, train_loss: float, val_loss: float) -> None:
         """Say once, in plain words, that the two losses part ways."""
         state = self.state
@@ -235,9 +284,13 @@ class Trainer:
     def _save(self) -> None:
         if self.last_good is not None and self.last_good.name == f"step-{self.state.step:06d}":
             return
-        self.last_good = save_checkpoint(self.run.folder, self.model, self.optimizer, self.state, keep=KEEP_CHECKPOINTS)
+        self.last_good = save_checkpoint(
+            self.run.folder, self.model, self.optimizer, self.state, keep=KEEP_CHECKPOINTS, group=self.group
+        )
 
     def _plot(self) -> None:
+        if not self.group.main:
+            return
         config = self.model.config
         title = (
             f"{self.run.folder.name}: {self.model.n_params() / 1e6:.2f} M parameters, vocabulary {config.vocab_size:,}"
@@ -261,20 +314,26 @@ class Trainer:
             return self._out_of_patience()
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(options.matmul_precision)
-        progress = Progress(state.step, state.max_steps)
+        progress = Progress(state.step, state.max_steps, quiet=not self.group.main)
         try:
             with (
                 self._signals(),
                 explain_writing(self.run.folder, "see --resume for going on from the last checkpoint"),
             ):
                 return self._loop(progress)
-        except UserError as error:
-            if self.last_good is None:
+        except RuntimeError as error:
+            if self.group.world_size == 1 or not lost_peer(error):
                 raise
-            raise UserError(f"{error}; last good checkpoint: {self.last_good}") from error
+            raise self._explained(explain_loss(error, self.group, self.run.folder)) from error
+        except UserError as error:
+            raise self._explained(error) from error
         finally:
             progress.close()
             torch.set_float32_matmul_precision(precision)
+
+    def _explained(self, error: UserError) -> UserError:
+        """The error with the last good checkpoint, if there is one."""
+        return error if self.last_good is None else UserError(f"{error}; last good checkpoint: {self.last_good}")
 
     def _loop(self, progress: Progress) -> Outcome:
         state, options = self.state, self.options
@@ -303,8 +362,8 @@ class Trainer:
             self._interval_s += now - started
             progress.update(state.step, loss, self._interval_tokens / self._interval_s)
 
-            if budget is not None and budget.add(now - started, state.elapsed_s):
-                state.max_steps, state.eval_interval = budget.plan(state.step, state.elapsed_s)
+            if budget is not None and (plan := self._planned(budget, now - started)):
+                state.max_steps, state.eval_interval = plan
                 schedule = self._schedule()
                 progress.set_max_steps(state.max_steps)
                 progress.say(
@@ -324,16 +383,23 @@ class Trainer:
                 self._plot()
             if evaluated and options.patience and state.evals_without_better >= options.patience and not last:
                 return self._out_of_patience()
-            if self._signal and not last:
+            if (
+                self._stop or (self._signal and self.group.world_size == 1)
+            ) and not last:  # a signal during the step, or since
                 return self._interrupted()
         return Outcome("finished", f"finished after {state.step:,} steps in {duration(state.elapsed_s)}", state)
+
+    def _planned(self, budget: Budget, step_s: float) -> tuple[int, int] | None:
+        """Rank 0's plan for all, once it knows enough."""
+        known = budget.add(step_s, self.state.elapsed_s)
+        return self.group.agree(budget.plan(self.state.step, self.state.elapsed_s) if known else None)
 
     def _interrupted(self) -> Outcome:
         self._save()
         self._plot()
-        command = f"fastgpt train --resume {shlex.quote(str(self.run.folder))}"
+        command = f"{launcher(self.group)} train --resume {shlex.quote(str(self.run.folder))}"
         message = f"stopped after step {self.state.step:,}; a checkpoint is written. To go on: {command}"
-        return Outcome("interrupted", message, self.state, self._signal)
+        return Outcome("interrupted", message, self.state, self._signal or signal.SIGTERM)
 
     def _out_of_patience(self) -> Outcome:
         state = self.state
@@ -366,9 +432,11 @@ class Trainer:
             return
 
         def handle(number: int, frame: Any) -> None:
-            if self._signal:
+            # torchrun hands a Ctrl-C on to processes that have had it from the terminal already
+            again = self.group.world_size == 1 or time.monotonic() - self._signal_time > SAME_SIGNAL_S
+            if self._signal and again:
                 raise KeyboardInterrupt
-            self._signal = number
+            self._signal, self._signal_time = number, time.monotonic()
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -378,7 +446,11 @@ class Trainer:
                 signal.signal(number, handler)
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the best weights and the baseline on the same validation tokens, and write summary.json with what it returns."""
+        """Evaluate the best weights and the baseline on the same validation tokens, and write summary.json with what it returns.
+
+        For rank 0 alone.
+        """
+        assert self.bigram is not None
         best = load_model(self.run.folder / "model.safetensors").to(self.device)
         val_loss = mean_loss(best, self.final_val, self.device, self.dtype)
         bigram = bigram_loss(self.bigram, self.final_val)

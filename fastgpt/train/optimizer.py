@@ -19,8 +19,15 @@ def clip_scale(norm: float, max_norm: float) -> float:
     return max_norm / norm if max_norm and norm > max_norm else 1.0
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is divided over several (a DTensor); any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW whose step is one call for all parameters of a group.
+
+    Of parameters that are divided over processes (FSDP2), each process updates its part.
 
     Args:
         params: parameters or groups of them, as for every optimizer of torch.
@@ -71,9 +78,15 @@ class AdamW(torch.optim.Optimizer):
         return self.shadows[parameter]
 
     def grad_norm(self) -> float:
-        """The Euclidean norm of all gradients together."""
+        """The Euclidean norm of all gradients together, those of other processes included where they are divided."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return ops.grad_norm(gradients).item() if gradients else 0.0
+        parts = [part for part in map(_local, gradients) if part.numel()]
+        norm = ops.grad_norm(parts) if parts else torch.zeros((), dtype=torch.float64)
+        if any(part is not gradient for part, gradient in zip(map(_local, gradients), gradients, strict=True)):
+            squares = norm.double().square().to(gradients[0].device)
+            torch.distributed.all_reduce(squares)
+            norm = squares.sqrt()
+        return norm.item()
 
     @torch.no_grad()
     def step(
@@ -90,14 +103,14 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["steps"] += 1
-            with_gradient = [p for p in group["params"] if p.grad is not None]
+            with_gradient = [p for p in group["params"] if p.grad is not None and _local(p).numel()]
             for params, shadows in self._by_shadow(with_gradient):
                 moments = [self.moments(p) for p in params]
                 ops.adamw(
-                    params,
-                    [p.grad for p in params if p.grad is not None],
-                    [moment["exp_avg"] for moment in moments],
-                    [moment["exp_avg_sq"] for moment in moments],
+                    [_local(p) for p in params],
+                    [_local(p.grad) for p in params if p.grad is not None],
+                    [_local(moment["exp_avg"]) for moment in moments],
+                    [_local(moment["exp_avg_sq"]) for moment in moments],
                     step=group["steps"],
                     lr=group["lr"],
                     betas=group["betas"],

@@ -28,15 +28,17 @@ class Progress:
         step: steps already done.
         max_steps: steps in all, None while not known.
         stream: where to write.
+        quiet: write nothing: for all processes of a job but one.
     """
 
-    def __init__(self, step: int, max_steps: int | None, stream: TextIO | None = None) -> None:
+    def __init__(self, step: int, max_steps: int | None, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.stream = stream if stream is not None else sys.stderr
         self.max_steps = max_steps
         self.first_step = step
         self.started = self.last_line = time.monotonic()
         self.bar: Any = None
-        if self.stream.isatty():
+        if self.stream.isatty() and not quiet:
             self.bar = tqdm(
                 total=max_steps,
                 initial=step,
@@ -72,6 +74,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
+        if self.quiet:
+            return
         if self.bar is not None:
             self.bar.write(message, file=self.stream)
         else:
