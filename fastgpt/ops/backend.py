@@ -5,7 +5,7 @@ schema, a fake implementation, an autograd rule and one implementation an engine
 
     public function -> torch.ops.fastgpt.<op> -> the first engine of the device that covers the input
 
-and, where nothing but the engine would look at it (plain tensors, no mode, no compiler, no profiler), past torch's dispatcher: see `Op`.
+and, where nothing but the engine would look at it (plain tensors, no mode, compiler or profiler), past torch's dispatcher: see `Op`.
 
 Engines in order: on CPU tensors `cpu` (C++ SIMD), then `reference` (the formula in torch); on CUDA tensors `triton`, then `reference`;
 on every other device `reference`. `triton` runs on CPU tensors too, where it is forced and TRITON_INTERPRET=1 is set.
@@ -159,9 +159,9 @@ class Op:
     """A registered op, ready to call.
 
     The way through torch's dispatcher into Python and back is more than half of a small call (softmax of 8 x 16, forward and backward:
-    129 us through it, 60 past it, where an empty autograd.Function takes 50). A call that only the engine will see goes to the autograd rule and to the engine itself;
-    every other (tensor subclasses, modes, transforms, the compiler, the profiler, autocast, ops that write to their arguments) goes
-    through the dispatcher.
+    129 us through it, 60 past it, where an empty autograd.Function takes 50). A call that only the engine will see goes to the autograd
+    rule and to the engine itself; every other (tensor subclasses, modes, transforms, the compiler, the profiler, autocast, ops that
+    write to their arguments) goes through the dispatcher.
     """
 
     def __init__(
