@@ -15,14 +15,16 @@ namespace fastgpt::bpe {
 namespace {
 
 constexpr size_t kBatchSpans = 512;  // pre-tokens found before their ids are looked up
-constexpr size_t kGroup =
-    48;  // pre-tokens whose cache lines are fetched at once: they must stay in the first-level cache
-constexpr size_t kCopyBytes = 4096;  // texts up to this are copied to where all of their bytes can be read in place
-constexpr size_t kBytesPerId = 3;    // room to begin with; English and code have more bytes an id
-constexpr size_t kThreadBytes = size_t{1} << 20;                       // text that is worth handing to another thread
-constexpr size_t kKeptBytes = size_t{4} << 20;                         // scratch memory above this is given back
+constexpr size_t kGroup = 96;  // pre-tokens whose lines are fetched at once: they must stay in the first-level cache
+constexpr size_t kBytesPerId = 3;                 // room to begin with; English and code have more bytes an id
+constexpr size_t kThreadBytes = size_t{1} << 20;  // text that is worth handing to another thread
+constexpr size_t kKeptBytes = size_t{4} << 20;    // scratch memory above this is given back
 constexpr size_t kRoom = WordCache::kReadable + Vocabulary::kPadding;  // readable after a pre-token taken in place
 constexpr size_t kSlackIds = WordCache::kSlackIds;
+
+std::logic_error no_pattern() {
+  return std::logic_error("this vocabulary has no built-in pattern; give the pre-tokens");
+}
 
 const uint8_t* as_bytes(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
 
@@ -62,7 +64,7 @@ struct Encoder::Worker {
   MergeScratch scratch;
   uint32_t ends[kBatchSpans];
   WordCache::Probe probes[kGroup];
-  uint8_t text[kCopyBytes + kRoom] = {};
+  uint8_t text[kShortBytes + kRoom] = {};
 };
 
 // A worker of the encoder for the time of one call, or a new one when all are in use.
@@ -158,6 +160,17 @@ size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, si
   return count;
 }
 
+// The ids of one pre-token with room behind it, whose probe has been made where it is of at most WordCache::kMaxBytes.
+inline uint32_t* Encoder::encode_probed(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
+                                        uint32_t* out) const {
+  if (__builtin_expect(n <= 15, 1)) {
+    const size_t count = WordCache::find_quick(probe, n, out);
+    if (__builtin_expect(count != 0, 1)) return out + count;
+  }
+  if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) return out + find_or_merge(worker, probe, p, n, out);
+  return out + merge_long_word(worker, p, n, out);
+}
+
 // The ids of the pre-tokens that begin at `begin` and end at worker.ends[0, spans).
 // Of the text, `readable` bytes may be read, at least its size.
 uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t readable, size_t begin, size_t spans,
@@ -172,21 +185,11 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t read
       const size_t n = worker.ends[i] - from;
       if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) {
         worker.probes[i - group] = worker.cache.probe(text + from, n);
+        __builtin_prefetch(worker.probes[i - group].line);
       }
     }
     for (size_t i = group; i < group_end; begin = worker.ends[i++]) {
-      const uint8_t* const p = text + begin;
-      const size_t n = worker.ends[i] - begin;
-      const WordCache::Probe& probe = worker.probes[i - group];
-      if (__builtin_expect(n <= 15, 1)) {
-        size_t count = WordCache::find_quick(probe, n, out);
-        if (__builtin_expect(!count, 0)) count = find_or_merge(worker, probe, p, n, out);
-        out += count;
-      } else if (n <= WordCache::kMaxBytes) {
-        out += find_or_merge(worker, probe, p, n, out);
-      } else {
-        out += merge_long_word(worker, p, n, out);
-      }
+      out = encode_probed(worker, worker.probes[i - group], text + begin, worker.ends[i] - begin, out);
     }
   }
   for (size_t i = inside; i < spans; begin = worker.ends[i++]) {
@@ -198,7 +201,7 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t read
 // Cuts a text into parts that a scanner's offsets reach over and calls part(text, size) for each.
 template <class Part>
 void Encoder::scan_chunks(std::string_view text, const Part& part) const {
-  if (!scan_) throw std::logic_error("this vocabulary has no built-in pattern; give the pre-tokens");
+  if (!scan_) throw no_pattern();
   const uint8_t* p = as_bytes(text);
   size_t left = text.size();
   while (left) {
@@ -214,23 +217,37 @@ void Encoder::scan_chunks(std::string_view text, const Part& part) const {
 }
 
 void Encoder::encode(std::string_view text, IdBuffer& out) const {
-  if (text.empty()) return;
+  if (text.size() <= kShortBytes) {
+    out.reserve_more(text.size() + kShortSlack);
+    out.set_size(out.size() + encode_short(text, out.data() + out.size()));
+    return;
+  }
   Borrowed worker(*this);
   scan_chunks(text, [&](const uint8_t* p, size_t size) {
-    size_t pos = 0, readable = size;
-    if (size <= kCopyBytes) {
-      std::memcpy(worker->text, p, size);
-      p = worker->text;
-      readable = sizeof(worker->text);
-    }
-    while (pos < size) {
+    for (size_t pos = 0; pos < size;) {
       const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
       out.reserve_more(worker->ends[spans - 1] - pos + kSlackIds);
-      uint32_t* const ids = encode_words(*worker, p, readable, pos, spans, out.data() + out.size());
+      uint32_t* const ids = encode_words(*worker, p, size, pos, spans, out.data() + out.size());
       out.set_size(static_cast<size_t>(ids - out.data()));
       pos = worker->ends[spans - 1];
     }
   });
+}
+
+size_t Encoder::encode_short(std::string_view text, uint32_t* out) const {
+  if (text.size() > kShortBytes) throw std::length_error("text: longer than encode_short takes");
+  if (text.empty()) return 0;
+  if (!scan_) throw no_pattern();
+  Borrowed worker(*this);
+  // Copied to where bytes behind the text may be read.
+  std::memcpy(worker->text, text.data(), text.size());
+  uint32_t* ids = out;
+  for (size_t pos = 0; pos < text.size();) {
+    const size_t spans = scan_(worker->text, text.size(), pos, worker->ends, kBatchSpans);
+    ids = encode_words(*worker, worker->text, sizeof(worker->text), pos, spans, ids);
+    pos = worker->ends[spans - 1];
+  }
+  return static_cast<size_t>(ids - out);
 }
 
 // Calls word(ids, how many) for every pre-token, until it returns false.

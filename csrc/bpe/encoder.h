@@ -73,6 +73,11 @@ class Encoder {
 
   // Appends the ids of text to out.
   void encode(std::string_view text, IdBuffer& out) const;
+  // Writes the ids of a text of up to kShortBytes bytes to out, which has room for its bytes and kShortSlack more, and
+  // returns how many.
+  static constexpr size_t kShortBytes = 4096;
+  static constexpr size_t kShortSlack = WordCache::kSlackIds;
+  size_t encode_short(std::string_view text, uint32_t* out) const;
   // The same for pre-tokens text[begins[i], ends[i]); what lies between them is dropped.
   void encode_spans(std::string_view text, const uint64_t* begins, const uint64_t* ends, size_t count,
                     IdBuffer& out) const;
@@ -100,6 +105,8 @@ class Encoder {
   template <class Word>
   void for_each_word(std::string_view text, const Word& word) const;
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
+  uint32_t* encode_probed(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
+                          uint32_t* out) const;
   uint32_t* encode_words(Worker& worker, const uint8_t* text, size_t readable, size_t begin, size_t spans,
                          uint32_t* out) const;
   size_t find_or_merge(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const;

@@ -1,5 +1,6 @@
 // The vector scanners: included inside an anonymous namespace by the file of each instruction set, after that file has
-// defined `Classes classify(const uint8_t* p)`, which looks at 64 bytes.
+// defined `Classes classify(const uint8_t* p)`, which looks at 64 bytes, and may
+// have defined `write_places`, with the macro FASTGPT_WRITE_PLACES.
 //
 // A window of up to 64 bytes begins at a known boundary, so nothing before it matters. Its bytes become bit masks, one
 // a class, and the starts of all pre-tokens in it follow from shifts, ands and carries. Starts that bytes behind the
@@ -9,6 +10,20 @@
 constexpr size_t kWindow = 64;
 
 inline uint64_t low_bits(size_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
+
+#ifndef FASTGPT_WRITE_PLACES
+// Writes base + i for every bit i of mask, ascending, and returns how many; out has room for 64. Eight at a time
+// without a look at how many there are, as a branch on that is seldom foreseen.
+inline size_t write_places(uint64_t mask, uint32_t base, uint32_t* out) {
+  const size_t count = static_cast<size_t>(__builtin_popcountll(mask));
+  for (size_t at = 0; at < count; at += 8) {
+    for (size_t i = at; i < at + 8; ++i, mask &= mask - 1) {
+      out[i] = base + static_cast<uint32_t>(_tzcnt_u64(mask));  // 64 where no bit is left
+    }
+  }
+  return count;
+}
+#endif
 
 // What is common to the patterns.
 struct Window {
@@ -149,15 +164,21 @@ size_t scan(const uint8_t* text, size_t size, size_t pos, uint32_t* ends, size_t
       }
       const Window window(classes, inside);
       uint64_t starts = Starts::find(window, p, end) & inside & ~uint64_t{1};
+      // The next window must not wait for all of this one's starts: where a space stands between letters, which is a
+      // start in every pattern, it begins there.
+      const uint64_t between = window.c.space & (window.c.letters << 1) & (window.c.letters >> 1);
+      if (__builtin_expect(between != 0, 1)) {
+        const size_t next = static_cast<size_t>(63 - __builtin_clzll(between));
+        n += write_places(starts & low_bits(next + 1), static_cast<uint32_t>(pos), ends + n);
+        pos += next;
+        continue;
+      }
       // White space at the window's end may go on: of such a run only the begin is certain.
       const uint64_t solid = inside & ~window.c.white;
       starts &= solid ? low_bits(static_cast<size_t>(64 - __builtin_clzll(solid)) + 1) : 0;
       if (starts) {
-        do {
-          ends[n++] = static_cast<uint32_t>(pos + static_cast<size_t>(__builtin_ctzll(starts)));
-          starts &= starts - 1;
-        } while (starts);
-        pos = ends[n - 1];
+        n += write_places(starts, static_cast<uint32_t>(pos), ends + n);
+        pos += static_cast<size_t>(63 - __builtin_clzll(starts));
         continue;
       }
     }

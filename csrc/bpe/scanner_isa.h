@@ -15,5 +15,6 @@ struct ScannerTable {
 // Null where the machine lacks the instructions (or the compiler targets another architecture).
 const ScannerTable* avx2_scanners();
 const ScannerTable* avx512_scanners();
+const ScannerTable* avx512_vbmi2_scanners();  // what avx512_scanners gives where it can
 
 }  // namespace fastgpt::bpe

@@ -8,8 +8,8 @@
 // points into it is forgotten. So memory is bounded: 22 MiB of tables and 20 MiB of arenas, taken as they are used.
 //
 // Finding is in steps, so that the lines of many pre-tokens can be on their way from memory at once, and so that the
-// common case has no branch that depends on the text: `probe` makes the key and fetches the line, `find_quick` compares
-// one entry, whatever its kind, and `find` looks everywhere.
+// common case has no branch that depends on the text: `probe` makes the key and says which line to fetch, `find_quick`
+// compares one entry, whatever its kind, and `find` looks everywhere.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,7 @@ struct KeyForms {
   struct Form {
     uint64_t low_mask, high_mask;  // the bytes that belong to it
     uint64_t low_tag, high_tag;    // the length
+    uint64_t wide;                 // all ones where the entry is one of 32 bytes
   };
   Form of[16];
   constexpr KeyForms() : of() {
@@ -35,6 +36,7 @@ struct KeyForms {
       of[n].high_mask = n <= 8 ? 0 : (uint64_t{1} << (8 * (n - 8))) - 1;
       of[n].low_tag = n < 8 ? length : 0;
       of[n].high_tag = n < 8 ? 0 : length;
+      of[n].wide = n < 8 ? 0 : ~uint64_t{0};
     }
   }
 };
@@ -67,16 +69,15 @@ class WordCache {
       const KeyForms::Form& form = kKeyForms.of[n];
       probe.low = (probe.low & form.low_mask) | form.low_tag;
       probe.high = (probe.high & form.high_mask) | form.high_tag;
-      const uint64_t hashed = hash(probe.low, probe.high);
-      const size_t tiny = hashed >> (64 - kTinyBits) << 1;
-      const size_t other = kTinyBytes / sizeof(uint64_t) + (hashed >> (64 - kShortBits) << 2);
-      probe.line = words_.data() + (n < 8 ? tiny : other);
+      // Twice as far in the second table, behind the first: no branch, as lengths are not foreseen.
+      const size_t tiny = hash(probe.low, probe.high) >> (64 - kTinyBits) << 1;
+      static_assert(kTinyBits == kShortBits);
+      probe.line = words_.data() + tiny + ((tiny + kTinyBytes / sizeof(uint64_t)) & form.wide);
     } else {
       const Rest rest = rest_of(p, n);
       const uint64_t hashed = hash(probe.low ^ rest.low * 5, probe.high ^ rest.high);
       probe.line = reinterpret_cast<const uint64_t*>(long_.data() + (hashed >> (64 - kLongBits)));
     }
-    __builtin_prefetch(probe.line);
     return probe;
   }
 

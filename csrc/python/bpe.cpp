@@ -10,7 +10,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -40,7 +42,7 @@ class Utf8 {
     if (!PyUnicode_Check(text.ptr())) throw py::type_error("text: got " + type_name(text) + ", expected str");
     Py_ssize_t size;
     const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-    if (!data) {
+    if (__builtin_expect(!data, 0)) {
       if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
       PyErr_Clear();
       fixed_ = text.attr("encode")("utf-16", "surrogatepass").attr("decode")("utf-16", "replace");
@@ -157,7 +159,14 @@ class Bpe {
   Bpe(const Bpe&) = delete;
   Bpe& operator=(const Bpe&) = delete;
 
-  py::list encode_ordinary(py::handle text) const { return to_list(encode_text(Utf8(text).view())); }
+  py::list encode_ordinary(py::handle text) const {
+    const Utf8 utf8(text);
+    const std::string_view view = utf8.view();
+    if (view.size() > kReleaseBytes) return to_list(encode_text(view));
+    uint32_t ids[kReleaseBytes + Encoder::kShortSlack];
+    static_assert(kReleaseBytes <= Encoder::kShortBytes);
+    return to_list(ids, encoder_.encode_short(view, ids));
+  }
 
   Ids encode_ordinary_numpy(py::handle text) const {
     IdBuffer ids = encode_text(Utf8(text).view());
@@ -515,6 +524,33 @@ py::array_t<uint64_t> pretoken_ends(py::handle data, const std::string& pattern,
 
 }  // namespace
 
+// Bpe.encode_ordinary as a plain method of the C API: for a short string the dispatch of pybind11 takes as long as the
+// encoding.
+PyObject* encode_ordinary(PyObject* self, PyObject* text) {
+  const auto* const instance = reinterpret_cast<const py::detail::instance*>(self);
+  if (!instance->simple_layout || !instance->simple_holder_constructed) {
+    PyErr_SetString(PyExc_TypeError, "self: a Bpe whose __init__ was not called");
+    return nullptr;
+  }
+  try {
+    return static_cast<const Bpe*>(instance->simple_value_holder[0])->encode_ordinary(text).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::length_error& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef kEncodeOrdinary = {"encode_ordinary", encode_ordinary, METH_O,
+                               "encode_ordinary($self, text, /)\n--\n\nThe ids of a text, as a list."};
+
 PYBIND11_MODULE(_bpe, m) {
   m.doc() = "Byte-level BPE: encoder, decoder, trainer. See fastgpt.tokenizer.";
   m.attr("unicode_version") = kUnicodeVersion;
@@ -523,11 +559,10 @@ PYBIND11_MODULE(_bpe, m) {
 
   m.def("pretoken_ends", &pretoken_ends, py::arg("data"), py::arg("pattern"), py::arg("isa"));
 
-  py::class_<Bpe>(m, "Bpe")
-      .def(py::init<const py::dict&, const std::vector<std::pair<std::string, uint32_t>>&,
-                    const std::vector<std::pair<uint32_t, uint32_t>>&, const std::optional<std::string>&, bool>(),
-           py::arg("tokens"), py::arg("special_tokens"), py::arg("merges"), py::arg("pattern"), py::arg("whole_first"))
-      .def("encode_ordinary", &Bpe::encode_ordinary, py::arg("text"))
+  auto bpe = py::class_<Bpe>(m, "Bpe");
+  bpe.def(py::init<const py::dict&, const std::vector<std::pair<std::string, uint32_t>>&,
+                   const std::vector<std::pair<uint32_t, uint32_t>>&, const std::optional<std::string>&, bool>(),
+          py::arg("tokens"), py::arg("special_tokens"), py::arg("merges"), py::arg("pattern"), py::arg("whole_first"))
       .def("encode_ordinary_numpy", &Bpe::encode_ordinary_numpy, py::arg("text"))
       .def("encode_bytes", &Bpe::encode_bytes, py::arg("data"))
       .def("encode_bytes_numpy", &Bpe::encode_bytes_numpy, py::arg("data"))
@@ -549,6 +584,8 @@ PYBIND11_MODULE(_bpe, m) {
       .def_property_readonly("slots", &Bpe::slots)
       .def_property_readonly("token_count", &Bpe::token_count)
       .def_property_readonly("max_token_bytes", &Bpe::max_token_bytes);
+  bpe.attr("encode_ordinary") = py::reinterpret_steal<py::object>(
+      PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(bpe.ptr()), &kEncodeOrdinary));
 
   py::class_<PyTrainer>(m, "Trainer")
       .def(py::init<const std::optional<std::string>&, size_t>(), py::arg("pattern"), py::arg("threads"))
