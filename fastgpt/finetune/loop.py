@@ -20,7 +20,7 @@ from fastgpt.errors import UserError
 from fastgpt.finetune.recipe import Recipe
 from fastgpt.train.evaluate import autocast
 from fastgpt.train.metrics import Metrics
-from fastgpt.train.optimizer import build_optimizer, clip_scale
+from fastgpt.train.optimizer import build_optimizer, update
 from fastgpt.train.progress import Progress
 from fastgpt.train.schedule import Schedule
 
@@ -114,19 +114,15 @@ def fit(
             begun = time.monotonic()
             model.train()
             rate = schedule.at(step - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             with autocast(device, dtype):
                 loss = loss_of(batch)
             loss.backward()
-            norm, value = optimizer.grad_norm(), loss.item()
-            if not math.isfinite(value) or not math.isfinite(norm):
+            value = loss.item()
+            if not update(optimizer, value, rate, recipe.grad_clip):
                 raise UserError(
                     f"the loss is no longer a finite number at step {step:,} (learning rate {rate:.3g}); "
                     "a lower --learning-rate usually helps"
                 )
-            optimizer.step(grad_scale=clip_scale(norm, recipe.grad_clip))
-            optimizer.zero_grad(set_to_none=True)
             spent_s += time.monotonic() - begun
             tokens += sum(lengths[number] for number in batch)
             total, seen = total + value, seen + 1

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from fastgpt.errors import UserError
+from fastgpt.train.track import tracker_names
 
 DEFAULT_TIME_BUDGET_S = 170.0
 LENGTHS = ("max_steps", "epochs", "time_budget_s")
@@ -132,6 +133,7 @@ class TrainConfig:
     )
     matmul_precision: str = option("highest", "torch's float32 matmul precision", choices=("highest", "high", "medium"))
     threads: int = option(0, "threads for the CPU (0: torch's own choice)", at_least=0)
+    track: str = option("", "also send the measurements to tensorboard, trackio or wandb; several with commas")
     sample_prompt: str = option("", "prompt of the sample at the end (empty: the start of a text)")
     sample_tokens: int = option(200, "length of the sample at the end (0: no sample)", at_least=0)
 
@@ -280,6 +282,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"train.min_lr is {train.min_lr:g}; accepted is at most train.learning_rate ({train.learning_rate:g})"
         )
+    tracker_names(train.track)
     if not config.data.source:
         raise UserError("data.source is empty; accepted is 'stdlib', 'shakespeare', a file or a folder")
 

@@ -37,12 +37,13 @@ from fastgpt.train.checkpoint import TrainState, latest_checkpoint, load_checkpo
 from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, fit_bigram, mean_loss
 from fastgpt.train.files import explain_writing
 from fastgpt.train.metrics import Metrics, plot_losses
-from fastgpt.train.optimizer import build_optimizer, clip_scale
+from fastgpt.train.optimizer import build_optimizer, update
 from fastgpt.train.parallel import Group, Parallel, device_of, explain_loss, launcher, lost_peer
 from fastgpt.train.plan import Budget, eval_interval
 from fastgpt.train.progress import Progress, duration
 from fastgpt.train.run import KEEP_CHECKPOINTS, Run, choose_device, write_config, write_summary
 from fastgpt.train.schedule import Schedule
+from fastgpt.train.track import Tracking, tracker_names
 
 PLOT_INTERVAL_S = 5.0
 SAME_SIGNAL_S = 5.0
@@ -146,6 +147,7 @@ class Trainer:
             write_config(run)
             self.metrics.keep_until(self.state.step if self.last_good is not None else -1)
         self._plan()
+        self.tracking = Tracking([], run.folder, {}, 0, self.say)
         self._signal, self._signal_time, self._stop = 0, 0.0, False
         self._interval_tokens, self._interval_s, self._plotted = 0, 0.0, 0.0
 
@@ -196,8 +198,6 @@ class Trainer:
     def _step(self, learning_rate: float) -> float | None:
         """One optimizer step; the loss, or None where the loss or the gradient is not finite (then nothing was updated)."""
         options, accum = self.options, self.options.grad_accum_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         total = torch.zeros((), device=self.device)
         for micro in range(accum):
             x, y = self.loader.batch(self.state.step, micro, accum)
@@ -206,13 +206,8 @@ class Trainer:
                     _, loss = self.parallel.forward(x.to(self.device), y.to(self.device), need_logits=False)
                 (loss / accum if accum > 1 else loss).backward()
             total += loss.detach()
-        norm = self.optimizer.grad_norm()
         value = self._mean_and_signal(total) / accum
-        finite = math.isfinite(value) and math.isfinite(norm)
-        if finite:
-            self.optimizer.step(grad_scale=clip_scale(norm, options.grad_clip))
-        self.optimizer.zero_grad(set_to_none=True)
-        return value if finite else None
+        return value if update(self.optimizer, value, learning_rate, options.grad_clip) else None
 
     def _mean_and_signal(self, loss: torch.Tensor) -> float:
         """The mean of a loss over the ranks; in the same exchange they learn whether a signal has come to one of them."""
@@ -266,6 +261,14 @@ class Trainer:
     def _record(self, line: dict[str, Any]) -> None:
         if self.group.main:
             self.metrics.append(line)
+            self.tracking.log(line)
+
+    def _start_tracking(self) -> None:
+        if self.group.main:
+            parts = self.run.config.to_dict().items()
+            config = {f"{part}.{key}": value for part, items in parts for key, value in items.items()}
+            names = tracker_names(self.options.track)
+            self.tracking = Tracking(names, self.run.folder, config, self.state.step, self.say)
 
     def _warn_overfitting(self, progress: Progress, train_loss: float, val_loss: float) -> None:
         """Say once, in plain words, that the two losses part ways."""
@@ -320,6 +323,7 @@ class Trainer:
                 self._signals(),
                 explain_writing(self.run.folder, "see --resume for going on from the last checkpoint"),
             ):
+                self._start_tracking()
                 return self._loop(progress)
         except RuntimeError as error:
             if self.group.world_size == 1 or not lost_peer(error):
@@ -329,6 +333,7 @@ class Trainer:
             raise self._explained(error) from error
         finally:
             progress.close()
+            self.tracking.close()
             torch.set_float32_matmul_precision(precision)
 
     def _explained(self, error: UserError) -> UserError:

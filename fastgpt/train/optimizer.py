@@ -5,6 +5,7 @@ Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv 1711.05101
 computes without restraining it. Clipping scales the gradients inside the update, so their memory is read twice and never written.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,27 @@ def clip_scale(norm: float, max_norm: float) -> float:
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that is divided over several (a DTensor); any other as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def update(optimizer: "AdamW", loss: float, learning_rate: float, grad_clip: float) -> bool:
+    """One step with the gradients that are there, clipped, and none left; False where loss or gradient is not finite.
+
+    Then nothing was updated.
+
+    Args:
+        optimizer: its parameters have their gradients.
+        loss: what they are the gradients of.
+        learning_rate: of this step.
+        grad_clip: the largest norm, 0 for no clipping.
+    """
+    norm = optimizer.grad_norm()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step(grad_scale=clip_scale(norm, grad_clip))
+    optimizer.zero_grad(set_to_none=True)
+    return finite
 
 
 class AdamW(torch.optim.Optimizer):
