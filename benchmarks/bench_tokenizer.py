@@ -3,13 +3,17 @@ tokenizers.
 
     python -m benchmarks.bench_tokenizer --corpora DIR --vocab DIR [--encoding cl100k_base] [--corpus en] [--mb 20]
     [--out benchmarks/results]
+    python -m benchmarks.bench_tokenizer --train FILE [--out benchmarks/results]
+    python -m benchmarks.bench_tokenizer --table FILE
 
 DIR of the corpora holds NAME_bench.txt, documents one after the other, and NAME_bench.off.npy, their byte offsets
 (int64, documents + 1); DIR of the vocabularies the .tiktoken files. Everything runs pinned to one core, on one thread
-each. Warm rows: all in one process, in turns, the median of the rounds. Cold rows: a fresh process each, its first
-batch after a call with one word. Times are CPU times of the process, which a busy machine disturbs less than the clock,
-though its caches are still shared; the load average goes into the result. Ids are compared with tiktoken's (of every
-document) before anything is timed; who differs is marked and timed all the same.
+each, but for the rows that say two threads. Warm rows: all in one process, in turns, the median of the rounds; single
+strings after a round that is not timed. Cold rows: a fresh process each, its first batch after a call with one word.
+Times are CPU times of the process, which a busy machine disturbs less than the clock, though its caches are still
+shared; with two threads, and in training, which runs in fresh processes too, the clock's. The load average goes into the
+result. Ids are compared with tiktoken's (of every document) before anything is timed; who differs is marked and timed all
+the same. --train trains 50,000 tokens on FILE; --table prints README's table from a result file.
 """
 
 from __future__ import annotations
@@ -18,94 +22,26 @@ import argparse
 import itertools
 import json
 import os
+import random
+import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import record
-from fastgpt.tokenizer import Tokenizer
-from fastgpt.tokenizer.registry import ENCODINGS
+from benchmarks.tokenizer_peers import PACKAGES, Peer, load, package_versions, train
 
 ROUNDS = 5
-PACKAGES = {
-    "fastgpt": "fastgpt-kernels",
-    "tiktoken": "tiktoken",
-    "gigatoken": "gigatoken",
-    "fastokens": "fastokens",
-    "toktok": "toktok-rs",
-    "tokenizers": "tokenizers",
-}
-Batch = Callable[[list[str]], Any]
-
-
-class Peer:
-    """One library: how it makes arrays, lists and single texts' ids, and how it decodes; None where it cannot."""
-
-    def __init__(
-        self, arrays: Batch | None, lists: Batch, one: Callable[[str], Any], decode: Callable[[Any], Any] | None
-    ):
-        self.arrays, self.lists, self.one, self.decode = arrays, lists, one, decode
-
-
-def load(name: str, encoding: str, vocab: Path) -> Peer:
-    """A library with an encoding; ImportError where it is not installed."""
-    parts = ENCODINGS[encoding]
-    path = vocab / f"{parts.vocabulary}.tiktoken"
-    if name == "fastgpt":
-        ours = Tokenizer.from_tiktoken(path, parts.pattern, parts.special_tokens)
-        return Peer(
-            lambda texts: ours.encode_ordinary_batch_numpy(texts, num_threads=1),
-            lambda texts: ours.encode_ordinary_batch(texts, num_threads=1),
-            ours.encode_ordinary,
-            ours.decode_bytes,
-        )
-    if name == "tiktoken":
-        import tiktoken
-
-        ours = Tokenizer.from_tiktoken(path, parts.pattern, parts.special_tokens)
-        theirs = tiktoken.Encoding(
-            encoding, pat_str=ours.pattern, mergeable_ranks=ours.tokens, special_tokens=parts.special_tokens
-        )
-        return Peer(
-            lambda texts: [theirs.encode_to_numpy(text, disallowed_special=()) for text in texts],
-            lambda texts: [theirs.encode_ordinary(text) for text in texts],
-            theirs.encode_ordinary,
-            theirs.decode_bytes,
-        )
-    if name == "gigatoken":
-        giga = import_module("gigatoken").Tokenizer.from_tiktoken(path)
-        return Peer(
-            lambda texts: giga.encode_batch(texts, parallel=False),
-            lambda texts: giga.encode_batch_list(texts, parallel=False),
-            giga.encode,
-            giga.decode,
-        )
-    if name == "toktok":
-        tok = import_module("toktok")._encoding(encoding)
-        return Peer(tok.encode_batch_to_numpy, tok.encode_batch, tok.encode_ordinary, tok.decode_bytes)
-    with tempfile.TemporaryDirectory() as folder:
-        exported = str(Path(folder) / "tokenizer.json")
-        if name == "fastokens":
-            Tokenizer.from_tiktoken(path, parts.pattern).save_huggingface(exported)
-            fast = import_module("fastokens").Tokenizer.from_file(exported)
-            return Peer(fast.encode_batch_flat, lambda texts: [fast.encode(t) for t in texts], fast.encode, fast.decode)
-        if name == "tokenizers":
-            Tokenizer.from_tiktoken(path, parts.pattern).save_huggingface(exported)
-            hf = import_module("tokenizers").Tokenizer.from_file(exported)
-            return Peer(
-                None, lambda texts: [e.ids for e in hf.encode_batch(texts)], lambda text: hf.encode(text).ids, hf.decode
-            )
-    raise ImportError(name)
+TRAINED_TOKENS = 50_000
+TRAINERS = ("fastgpt", "gigatoken")
+SLOW = ("tokenizers",)  # a tenth of tiktoken's speed: compared, not timed
 
 
 def read_documents(corpora: Path, corpus: str, mb: float) -> list[str]:
@@ -129,14 +65,94 @@ def cpu_s(call: Callable[[], Any]) -> float:
     return time.process_time() - begin
 
 
-def cold(arguments: argparse.Namespace) -> None:
-    """In a fresh process: prints the CPU seconds of the first call and of the first batch."""
+def wall_s(call: Callable[[], Any]) -> float:
+    """Seconds of a call by the clock."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def worker(arguments: argparse.Namespace) -> dict[str, float]:
+    """One row of one library in this fresh process."""
+    if arguments.worker == "train":
+        seconds = wall_s(lambda: train(arguments.peer, arguments.train, TRAINED_TOKENS))
+        return {"s": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
     documents = read_documents(arguments.corpora, arguments.corpus, arguments.mb)
     for text in documents:
         text.encode()
-    peer = load(arguments.cold, arguments.encoding, arguments.vocab)
+    peer = load(arguments.peer, arguments.encoding, arguments.vocab)
+    if arguments.worker == "threads":
+        call = partial(peer.threads or peer.lists, documents)
+        call()
+        return {"s": statistics.median(wall_s(call) for _ in range(ROUNDS))}
     first = cpu_s(lambda: peer.one("word"))
-    print(json.dumps({"first_call_ms": first * 1e3, "s": cpu_s(lambda: (peer.arrays or peer.lists)(documents))}))
+    return {"first_call_s": first, "s": cpu_s(lambda: (peer.arrays or peer.lists)(documents))}
+
+
+def in_processes(arguments: argparse.Namespace, row: str, peer: str, runs: int) -> list[dict[str, float]]:
+    """What `worker` gives in so many fresh processes."""
+    command = [sys.executable, "-m", "benchmarks.bench_tokenizer", "--worker", row, "--peer", peer]
+    for option in ("corpora", "vocab", "encoding", "corpus", "mb", "cpu", "train"):
+        if (value := getattr(arguments, option)) is not None:
+            command += [f"--{option}", str(value)]
+    threads = "1" if row == "cold" else "2"
+    environment = os.environ | {"RAYON_NUM_THREADS": threads}
+    results = []
+    for _ in range(runs):
+        done = subprocess.run(command, check=True, capture_output=True, env=environment)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    return results
+
+
+class Cases:
+    """The rows of a result, as they are measured."""
+
+    def __init__(self, common: dict[str, Any], exact: Mapping[str, bool]) -> None:
+        self.common, self.exact = common, exact
+        self.cases: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        row: str,
+        unit: str,
+        seconds: Mapping[str, list[float]],
+        per: Callable[[float], float],
+        more: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """One row: the seconds of every library's rounds, and what they are in `unit`."""
+        variants = [
+            {
+                "name": name,
+                "ours": name == "fastgpt",
+                "median_ms": statistics.median(times) * 1e3,
+                "min_ms": min(times) * 1e3,
+                "rounds": len(times),
+                "value": round(per(statistics.median(times)), 3),
+                "exact": self.exact.get(name),
+            }
+            | (more or {}).get(name, {})
+            for name, times in seconds.items()
+        ]
+        name = " ".join(str(self.common[key]) for key in ("encoding", "corpus") if key in self.common)
+        case = {"name": f"{name} {row}".strip(), "case": row, "unit": unit}
+        self.cases.append(case | self.common | {"variants": variants})
+
+    def timed(
+        self,
+        row: str,
+        unit: str,
+        calls: Mapping[str, Callable[[], Any]],
+        per: Callable[[float], float],
+        warm: bool = False,
+    ) -> None:
+        """One row of calls in turns; with warm, each after one that is not timed."""
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                if warm:
+                    call()
+                seconds[name].append(cpu_s(call))
+        self.add(row, unit, seconds, per)
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,79 +163,103 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for name in PACKAGES:
         try:
             peers[name] = load(name, arguments.encoding, arguments.vocab)
-        except (ImportError, ValueError, KeyError) as error:
+        except (ImportError, ValueError, KeyError, RuntimeError) as error:
             print(f"{name}: left out ({error})", file=sys.stderr)
     tiktoken_ids = peers["tiktoken"].lists(documents)
-    cases: list[dict[str, Any]] = []
     exact = {name: same_ids(peer, documents, tiktoken_ids) for name, peer in peers.items()}
-
-    def add(row: str, unit: str, seconds: Mapping[str, list[float]], per: Callable[[float], float]) -> None:
-        variants = [
-            {
-                "name": name,
-                "ours": name == "fastgpt",
-                "median_ms": statistics.median(times) * 1e3,
-                "min_ms": min(times) * 1e3,
-                "rounds": len(times),
-                "value": round(per(statistics.median(times)), 3),
-                "exact": exact[name],
-            }
-            for name, times in seconds.items()
-        ]
-        case: dict[str, Any] = {"name": f"{arguments.encoding} {arguments.corpus} {row}", "case": row, "unit": unit}
-        case |= {"encoding": arguments.encoding, "corpus": arguments.corpus, "megabytes": round(megabytes, 1)}
-        cases.append(case | {"variants": variants})
-
-    def timed(row: str, unit: str, calls: Mapping[str, Callable[[], Any]], per: Callable[[float], float]) -> None:
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(ROUNDS):
-            for name, call in calls.items():
-                seconds[name].append(cpu_s(call))
-        add(row, unit, seconds, per)
+    common = {"encoding": arguments.encoding, "corpus": arguments.corpus, "megabytes": round(megabytes, 1)}
+    rows = Cases(common, exact)
 
     def mb_s(seconds: float) -> float:
         return megabytes / seconds
 
-    slow = ("tokenizers",)  # a tenth of tiktoken's speed: not worth the wait in every round
-    quick = {name: peer for name, peer in peers.items() if name not in slow}
+    quick = {name: peer for name, peer in peers.items() if name not in SLOW}
     arrays = {name: partial(peer.arrays, documents) for name, peer in quick.items() if peer.arrays}
-    timed("batch to NumPy, warm", "MB/s", arrays, mb_s)
-    timed("batch to lists, warm", "MB/s", {name: partial(peer.lists, documents) for name, peer in quick.items()}, mb_s)
+    rows.timed("batch to NumPy, warm", "MB/s", arrays, mb_s)
+    rows.timed(
+        "batch to lists, warm", "MB/s", {name: partial(peer.lists, documents) for name, peer in quick.items()}, mb_s
+    )
 
     def each(peer: Peer, texts: list[str]) -> None:
-        for text in texts:
-            peer.one(text)
+        for _ in range(3):
+            for text in texts:
+                peer.one(text)
 
     for label, size in (("100 B", 100), ("1 KB", 1000)):
         texts = [text[:size] for text in documents[:300]]
         calls = {name: partial(each, peer, texts) for name, peer in quick.items()}
-        timed(f"one string of {label}", "us", calls, lambda seconds: seconds / len(documents[:300]) * 1e6)
+        rows.timed(
+            f"one string of {label}", "us", calls, lambda seconds: seconds / len(documents[:300]) / 3e-6, warm=True
+        )
     ids = [id for part in tiktoken_ids for id in part]
-    decoders = {name: partial(peer.decode, ids) for name, peer in quick.items() if peer.decode}
-    timed("decode a list", "MB/s", decoders, mb_s)
-    cold_s: dict[str, list[float]] = {}
-    first_s: dict[str, list[float]] = {}
-    for name in quick:
-        command = [sys.executable, "-m", "benchmarks.bench_tokenizer", "--cold", name]
-        for option in ("corpora", "vocab", "encoding", "corpus", "mb"):
-            command += [f"--{option}", str(getattr(arguments, option))]
-        runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(3)]
-        cold_s[name] = [run["s"] for run in runs]
-        first_s[name] = [run["first_call_ms"] / 1e3 for run in runs]
-    add("batch to NumPy, cold", "MB/s", cold_s, mb_s)
-    add("first call", "ms", first_s, lambda seconds: seconds * 1e3)
-    return cases
+    array = np.array(ids, np.uint32)
+    rows.timed("decode a list", "MB/s", {n: partial(p.decode, ids) for n, p in quick.items() if p.decode}, mb_s)
+    decoders = {name: partial(peer.decode_array, array) for name, peer in quick.items() if peer.decode_array}
+    rows.timed("decode an array", "MB/s", decoders, mb_s)
+    if arguments.corpus == "en":
+        rng = random.Random(5)
+        letters = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)) for _ in range(ROUNDS)]
+        calls = {n: partial(lambda peer, left: peer.one(left.pop()), p, list(letters)) for n, p in quick.items()}
+        rows.timed("1 MB of random letters", "ms", calls, lambda seconds: seconds * 1e3)
+    cold = {name: in_processes(arguments, "cold", name, 3) for name in quick}
+    rows.add("batch to NumPy, cold", "MB/s", {n: [run["s"] for run in runs] for n, runs in cold.items()}, mb_s)
+    first = {name: [run["first_call_s"] for run in runs] for name, runs in cold.items()}
+    rows.add("first call", "ms", first, lambda seconds: seconds * 1e3)
+    threaded = {name: in_processes(arguments, "threads", name, 1) for name, peer in quick.items() if peer.threads}
+    rows.add("batch to NumPy, two threads", "MB/s", {n: [run["s"] for run in r] for n, r in threaded.items()}, mb_s)
+    return rows.cases
 
 
-def package_versions() -> dict[str, str | None]:
-    """The versions of what is compared; None where it is not installed."""
-    versions: dict[str, str | None] = {}
-    for name, package in PACKAGES.items():
+def measure_training(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The row of training, two threads."""
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, dict[str, Any]] = {}
+    for name in TRAINERS:
         try:
-            versions[name] = version(package)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
+            runs = in_processes(arguments, "train", name, 2)
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: left out ({error.stderr.decode().splitlines()[-1]})", file=sys.stderr)
+            continue
+        seconds[name] = [run["s"] for run in runs]
+        memory[name] = {"peak_mb": round(max(run["peak_mb"] for run in runs))}
+    rows = Cases({"megabytes": round(arguments.train.stat().st_size / 1e6, 1)}, {})
+    rows.add(f"train {TRAINED_TOKENS} tokens, two threads", "s", seconds, lambda each: each, memory)
+    return rows.cases
+
+
+def table(result: dict[str, Any]) -> str:
+    """README's table: figures of ours and how many times faster than others; of ids that differ, none."""
+    peers = ("tiktoken", "gigatoken", "fastokens")
+    lines = ["| tokenizer, one core unless said | fastgpt | " + " | ".join(f"against {name}" for name in peers) + " |"]
+    lines.append("|---|---|" + "---|" * len(peers))
+    wanted = [
+        *(
+            f"cl100k_base {corpus} batch to NumPy, {how}"
+            for corpus in ("en", "code", "multi")
+            for how in ("warm", "cold")
+        ),
+        *(f"{encoding} en batch to NumPy, warm" for encoding in ("r50k_base", "o200k_base")),
+        "cl100k_base en batch to NumPy, two threads",
+        "cl100k_base en batch to lists, warm",
+        *(f"cl100k_base en one string of {size}" for size in ("100 B", "1 KB")),
+        *(f"cl100k_base en decode {what}" for what in ("a list", "an array")),
+        "cl100k_base en 1 MB of random letters",
+        f"train {TRAINED_TOKENS} tokens, two threads",
+    ]
+    cases = {case["name"]: case for case in result["cases"]}
+    for name in wanted:
+        if name not in cases:
+            continue
+        case = cases[name]
+        variants = {variant["name"]: variant for variant in case["variants"]}
+        ours = variants["fastgpt"]
+        cells = [f"{ours['value']:.3g} {case['unit']}"]
+        for peer in peers:
+            other = variants.get(peer)
+            usable = other and other["exact"] is not False
+            cells.append(f"{other['median_ms'] / ours['median_ms']:.2g} x" if other and usable else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def keep(out: Path, cases: list[dict[str, Any]], machine: dict[str, Any]) -> Path:
@@ -233,7 +273,7 @@ def keep(out: Path, cases: list[dict[str, Any]], machine: dict[str, Any]) -> Pat
         "date": record.now(),
         "machine": machine,
         "versions": record.versions() | package_versions(),
-        "method": "CPU time of one process on one core; warm: medians of 5 rounds in turns; cold: of 3 fresh processes",
+        "method": "CPU time on one core; warm: medians of 5 rounds in turns; cold: of 3 fresh processes; two threads: the clock",
         "cases": older + cases,
         "failed": {},
     }
@@ -242,24 +282,35 @@ def keep(out: Path, cases: list[dict[str, Any]], machine: dict[str, Any]) -> Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpora", type=Path, required=True)
-    parser.add_argument("--vocab", type=Path, required=True)
+    parser.add_argument("--corpora", type=Path)
+    parser.add_argument("--vocab", type=Path)
     parser.add_argument("--encoding", default="cl100k_base", choices=["r50k_base", "cl100k_base", "o200k_base"])
     parser.add_argument("--corpus", default="en")
     parser.add_argument("--mb", type=float, default=20)
     parser.add_argument("--cpu", type=int, default=0, help="the core to run on")
+    parser.add_argument("--train", type=Path, metavar="FILE", help="measure training on this text instead")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print README's table from this result file")
     parser.add_argument("--out", type=Path, help="the folder of results; default: print only")
-    parser.add_argument("--cold", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["cold", "threads", "train"], help=argparse.SUPPRESS)
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
+    if arguments.table:
+        print(table(record.read(arguments.table)))
+        return
+    if not arguments.train and not (arguments.corpora and arguments.vocab):
+        parser.error("--corpora and --vocab are needed, or --train, or --table")
+    one_core = arguments.worker in (None, "cold") and not arguments.train
+    if hasattr(os, "sched_setaffinity") and one_core:
         os.sched_setaffinity(0, {arguments.cpu})
-    if arguments.cold:
-        cold(arguments)
+    elif arguments.worker == "threads" and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))  # the parent's was one core
+    if arguments.worker:
+        print(json.dumps(worker(arguments)))
         return
     machine = record.machine() if arguments.out else {}
-    cases = measure(arguments)
+    cases = measure_training(arguments) if arguments.train else measure(arguments)
     for case in cases:
-        values = (f"{v['name']} {v['value']}{'' if v['exact'] else ' (other ids)'}" for v in case["variants"])
+        values = (f"{v['name']} {v['value']}{' (other ids)' if v['exact'] is False else ''}" for v in case["variants"])
         print(f"{case['name']}, {case['unit']}:", "  ".join(values))
     if arguments.out:
         print(keep(arguments.out, cases, machine))
