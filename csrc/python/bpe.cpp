@@ -286,12 +286,31 @@ class Bpe {
   }
 
   py::bytes decode_bytes(py::handle ids) const {
-    const std::string text = join(ids);
-    return py::bytes(text);
+    PyObject* bytes = nullptr;
+    const bool is_array = join_array(ids, [&](size_t room) {
+      bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(room + Vocabulary::kPadding));
+      if (!bytes) throw py::error_already_set();
+      return PyBytes_AS_STRING(bytes);
+    });
+    if (!is_array) {
+      const std::string text = join(ids);
+      return py::bytes(text);
+    }
+    const Py_ssize_t size = PyBytes_GET_SIZE(bytes) - static_cast<Py_ssize_t>(Vocabulary::kPadding);
+    if (_PyBytes_Resize(&bytes, size)) throw py::error_already_set();
+    return py::reinterpret_steal<py::bytes>(bytes);
   }
 
   py::str decode(py::handle ids, const char* errors) const {
-    const std::string text = join(ids);
+    std::unique_ptr<char[]> buffer;  // not initialised, unlike a string's
+    std::string joined;
+    std::string_view text;
+    const bool is_array = join_array(ids, [&](size_t room) {
+      buffer.reset(new char[room + Vocabulary::kPadding]);
+      text = {buffer.get(), room};
+      return buffer.get();
+    });
+    if (!is_array) text = joined = join(ids);
     PyObject* const object = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), errors);
     if (!object) throw py::error_already_set();
     return py::reinterpret_steal<py::str>(object);
@@ -399,8 +418,8 @@ class Bpe {
     return out + piece.size();
   }
 
-  template <class T>
-  std::string join_array(const py::array_t<T, py::array::c_style>& ids) const {
+  template <class T, class Room>
+  void join_values(const py::array_t<T, py::array::c_style>& ids, const Room& room) const {
     const T* const data = ids.data();
     const size_t n = static_cast<size_t>(ids.size());
     size_t total = 0;
@@ -409,28 +428,35 @@ class Bpe {
       if (id >= pieces_.size() || pieces_[id].empty()) throw_bad_id(py::int_(data[i]));
       total += pieces_[id].size();
     }
-    std::string text;
-    text.resize(total + Vocabulary::kPadding);
-    char* out = text.data();
+    char* out = room(total);
     for (size_t i = 0; i < n; ++i) out = put(out, pieces_[static_cast<size_t>(data[i])]);
-    text.resize(total);
-    return text;
   }
 
-  // The bytes of all ids, given as a one-dimensional integer array or a sequence of ints.
-  std::string join(py::handle ids) const {
-    if (py::isinstance<py::array>(ids)) {
-      const py::array array = py::reinterpret_borrow<py::array>(ids);
-      const char kind = array.dtype().kind();
-      if ((kind != 'i' && kind != 'u') || array.ndim() != 1) {
-        throw py::type_error("ids: got a " + std::to_string(array.ndim()) + "-dimensional array of kind '" +
-                             std::string(1, kind) + "', expected a 1-dimensional one of integers");
-      }
-      if (array.dtype().equal(py::dtype::of<uint32_t>())) return join_array<uint32_t>(array);
-      if (array.dtype().equal(py::dtype::of<uint16_t>())) return join_array<uint16_t>(array);
-      if (kind == 'u') return join_array<uint64_t>(array);
-      return join_array<int64_t>(array);  // negative ones become too large
+  // Writes the bytes of all ids of a one-dimensional integer array to room(how many), which has kPadding more; false
+  // for what is no array.
+  template <class Room>
+  bool join_array(py::handle ids, const Room& room) const {
+    if (!py::isinstance<py::array>(ids)) return false;
+    const py::array array = py::reinterpret_borrow<py::array>(ids);
+    const char kind = array.dtype().kind();
+    if ((kind != 'i' && kind != 'u') || array.ndim() != 1) {
+      throw py::type_error("ids: got a " + std::to_string(array.ndim()) + "-dimensional array of kind '" +
+                           std::string(1, kind) + "', expected a 1-dimensional one of integers");
     }
+    if (array.dtype().equal(py::dtype::of<uint32_t>())) {
+      join_values<uint32_t>(array, room);
+    } else if (array.dtype().equal(py::dtype::of<uint16_t>())) {
+      join_values<uint16_t>(array, room);
+    } else if (kind == 'u') {
+      join_values<uint64_t>(array, room);
+    } else {
+      join_values<int64_t>(array, room);  // negative ones become too large
+    }
+    return true;
+  }
+
+  // The bytes of all ids of a sequence of ints.
+  std::string join(py::handle ids) const {
     if (PyUnicode_Check(ids.ptr()) || PyBytes_Check(ids.ptr())) {
       throw py::type_error("ids: got " + type_name(ids) + ", expected a sequence of int");
     }
