@@ -51,8 +51,12 @@ def check(
     bug: str | None = None,
     backward: bool = True,
     sanitizer: str | None = None,
+    more: tuple[int, ...] = (),
 ) -> list[Tensor]:
-    """Run forward and backward, hold out, lse and the three gradients to the rule, and return them."""
+    """Run forward and backward, hold out, lse and the three gradients to the rule, and return them.
+
+    `more` are arguments of the forward's binding after the common ones.
+    """
     c, name = case, NAMES[case.dtype]
     q, grad = c.tensor(c.heads, c.queries, 1), c.tensor(c.heads, c.queries, 4)
     k, v = c.tensor(c.kv_heads, c.keys, 2), c.tensor(c.kv_heads, c.keys, 3)
@@ -66,7 +70,7 @@ def check(
         else:
             emulator.sanitized(sanitizer, f"{kernel}_{name}", *arguments, mode=mode, seed=seed, bug=bug)
 
-    call("attention_fwd", q, k, v, out, lse, *sizes)
+    call("attention_fwd", q, k, v, out, lse, *sizes, *more)
     wide_q, wide_k, wide_v = (x.double().transpose(1, 2) for x in (q, k, v))
     exact, exact_lse = reference.attention(wide_q, wide_k, wide_v, c.causal, c.scale)
     narrow = q1, k1, v1 = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]

@@ -70,7 +70,7 @@ def plant(text: str, old: str, bugs: Sequence[tuple[int, Bug]]) -> str:
     if bugs[0][1].expression:
         chain = "".join(f"emu::planted == {number} ? ({bug.new}) : " for number, bug in bugs)
         return f"{text[:start]}({chain}({old})){text[end:]}"
-    if "//" in old:  # to the end of its comment
+    if "//" in old and "\n" not in old:  # to the end of its comment
         end = text.index("\n", start)
     chain = "".join(f"if (emu::planted == {number}) {{ {bug.new}\n}} else " for number, bug in bugs)
     return f"{text[:start]}{chain}{{ {text[start:end]}\n}}{text[end:]}"
@@ -136,7 +136,7 @@ def _key(*parts: object) -> str:
 def _core(sanitizer: str) -> list[Path]:
     texts = [p.read_text() for p in sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp")])]
     objects = []
-    files = ["core.cpp", "runner.cpp" if sanitizer else "control.cpp"]
+    files = ["core.cpp", "hopper.cpp", "runner.cpp" if sanitizer else "control.cpp"]
     for source in files + ["allocation.cpp"] * (sanitizer == "thread"):
         flags = ["-std=c++20", "-O2", *COMMON, *_MACROS[sanitizer], f"-I{HERE}"]
 
@@ -152,7 +152,9 @@ def build(binding: str, bugs: Sequence[Bug] = (), sanitizer: str = "") -> Path:
     texts = sources(bugs)
     bound = HERE / f"bind_{binding}.cpp"
     support = [p.read_text() for p in sorted([*HERE.glob("*.h"), *HERE.glob("include/*.h")])]
-    needed, queue = {}, [bound.read_text()]
+    needed: dict[str, str] = {}
+    queue = [bound.read_text()]
+    queue += [(HERE / name).read_text() for name in re.findall(r'#include "(bind_\w+\.h)"', queue[0])]
     while queue:  # only what the binding includes goes into its key
         for name in re.findall(r'#include "(?:cuda/)?(\w+\.cuh)"', queue.pop()):
             if name in texts and name not in needed:

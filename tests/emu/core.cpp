@@ -23,7 +23,7 @@ namespace {
 
 constexpr size_t kStackBytes = 512 * 1024;
 constexpr unsigned kMaxThreads = 1024, kMaxWarps = 32, kBarriers = 16;
-constexpr size_t kArenaBytes = 512 * 1024, kPage = 4096, kMargin = 1024;
+constexpr size_t kArenaBytes = 256 * 1024, kPage = 4096, kMargin = 1024;
 constexpr unsigned char kPoison = 0xff;  // a NaN in fp32, bf16 and fp16
 
 struct Copy {
@@ -84,7 +84,7 @@ struct State {
   std::vector<Fiber*> sleepers;
   std::deque<Task> tasks;
   std::map<unsigned, uint64_t> completed;
-  uint64_t tickets = 0;
+  uint64_t tickets = 0, slowness = 4;  // how long asynchronous work takes, of Completion::kRandom
   std::vector<void (*)()> starts, ends;
   void (*body)(void*) = nullptr;
   void* closure = nullptr;
@@ -197,7 +197,7 @@ std::string who_waits() {
 
 // Run somebody else; the caller has queued itself where it will be found, or has left.
 void reschedule() {
-  if (g.completion == Completion::kRandom && !g.tasks.empty() && random_below(4) == 0) finish_any_task();
+  if (g.completion == Completion::kRandom && !g.tasks.empty() && random_below(g.slowness) == 0) finish_any_task();
   Fiber* next = take_ready();
   while (next == nullptr && finish_any_task()) next = take_ready();
   if (next == nullptr) {
@@ -284,6 +284,7 @@ void run_block() {
     warp.ready.clear();
     warp.priority = random_below(1u << 30);
   }
+  g.slowness = 4u << random_below(9);
   for (void (*start)() : g.starts) start();
   release(&g.launch_edge);
   for (unsigned i = 0; i < g.threads; ++i) {
@@ -463,6 +464,8 @@ bool arrive(int id, unsigned count) {
 
 }  // namespace
 
+unsigned barrier_phase(int id) { return g.barrier[id].phase; }
+
 void barrier_arrive(int id, unsigned count) {
   const Ignored ignored;
   arrive(id, count);
@@ -535,6 +538,7 @@ void warp_meet(unsigned mask, const char* operation, void* argument, Execute exe
   if (orders_memory) acquire(edge);
 }
 
+size_t shared_bytes() { return g.shared_bytes; }
 void* shared_dynamic() { return g.dynamic; }
 
 void* shared_static(const void* key, size_t bytes, size_t alignment) {
@@ -544,7 +548,7 @@ void* shared_static(const void* key, size_t bytes, size_t alignment) {
   }
   const size_t aligned = std::max<size_t>(alignment, 16);
   size_t at = (g.static_bytes + kMargin + aligned - 1) / aligned * aligned;  // a margin before each
-  if (at + bytes + kMargin > 64 * 1024) fail("more than 48 KB of static shared memory");
+  if (at + bytes + 2 * kMargin > size_t(g.dynamic - g.arena)) fail("too much static shared memory");
   poison_margin(g.arena + g.static_bytes, at - g.static_bytes);
   memset(g.arena + at, kPoison, bytes);
   g.static_bytes = at + bytes;
@@ -636,8 +640,8 @@ bool done(unsigned queue, uint64_t ticket) {
   return g.completed[queue] >= ticket;
 }
 size_t tasks_in_flight() { return g.tasks.size(); }
-void at_block_start(void (*check)()) { g.starts.push_back(check); }
-void at_block_end(void (*check)()) { g.ends.push_back(check); }
+void at_block_start(void (*check)()) { state().starts.push_back(check); }
+void at_block_end(void (*check)()) { state().ends.push_back(check); }
 
 }  // namespace emu
 

@@ -59,6 +59,7 @@ void wake_sleepers();
 // Barrier `id` of the block, for `count` threads; arrive does not wait.
 void barrier_sync(int id, unsigned count);
 void barrier_arrive(int id, unsigned count);
+unsigned barrier_phase(int id);  // how many times it has been complete
 
 // The lanes of `mask` meet; the last one runs `execute` on all lanes' arguments (null for lanes that are not of the
 // mask). Lanes of the mask that come to another meeting, or to none, are errors.
@@ -67,7 +68,8 @@ void warp_meet(unsigned mask, const char* operation, void* argument, Execute exe
 
 // ---- shared memory
 
-constexpr uint32_t kSharedLimit = 227 * 1024;                          // bytes a block may have, static and dynamic
+constexpr uint32_t kSharedLimit = 227 * 1024;  // bytes a block may have, static and dynamic
+size_t shared_bytes();
 void* shared_dynamic();                                                // 1024-byte aligned
 void* shared_static(const void* key, size_t bytes, size_t alignment);  // one object a key and block, poisoned
 uint32_t shared_address(const void* pointer);                          // as the 32-bit addresses of PTX

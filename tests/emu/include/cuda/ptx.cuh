@@ -1,6 +1,8 @@
 // The names of csrc/cuda/ptx.cuh on the emulator.
 #pragma once
 
+#include "hopper.h"
+
 namespace fastgpt::ptx {
 
 inline uint32_t shared_address(const void* pointer) { return emu::shared_address(pointer); }
@@ -107,6 +109,55 @@ template <class T>
 uint32_t pack(float low, float high) {
   const T l(low), h(high);
   return uint32_t(l.bits) | uint32_t(h.bits) << 16;
+}
+
+// ---- sm_90a
+
+inline void mbarrier_init(uint32_t barrier, uint32_t count) { emu::mbarrier_init(barrier, count); }
+inline void fence_mbarrier_init() { emu::fence_mbarrier_init(); }
+inline void mbarrier_arrive(uint32_t barrier) { emu::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emu::mbarrier_arrive(barrier, bytes); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity) { emu::mbarrier_wait(barrier, parity); }
+inline void tensor_load_4d(uint32_t shared, const void* map, uint32_t barrier, int x, int y, int z, int w) {
+  emu::tensor_load(shared, *static_cast<const CUtensorMap*>(map), barrier, {x, y, z, w});
+}
+inline void prefetch_tensor_map(const void*) {}
+inline void named_barrier_sync(int id, int threads) { emu::barrier_sync(id, threads); }
+inline void named_barrier_arrive(int id, int threads) { emu::barrier_arrive(id, threads); }
+template <int kRegisters>
+void registers_decrease() {
+  emu::set_registers(kRegisters, false);
+}
+template <int kRegisters>
+void registers_increase() {
+  emu::set_registers(kRegisters, true);
+}
+inline void wgmma_fence() { emu::wgmma_fence(); }
+inline void wgmma_commit() { emu::wgmma_commit(); }
+template <int kInFlight>
+void wgmma_wait() {
+  emu::wgmma_wait(kInFlight);
+}
+template <int kCount>
+void keep(float (&)[kCount]) {}
+template <int kCount>
+void keep(uint32_t (&)[kCount][4]) {}
+
+template <class T>
+float widen(uint16_t bits) {
+  T value;
+  memcpy(&value, &bits, 2);
+  return value;
+}
+
+template <class T, int kColumns>
+void wgmma_ss(float (&d)[kColumns / 2], uint64_t a, uint64_t b, int accumulate) {
+  emu::wgmma_issue({a, b, kColumns, accumulate != 0, false, widen<T>}, d, nullptr);
+}
+
+template <class T, int kColumns>
+void wgmma_rs(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  emu::wgmma_issue({0, b, kColumns, accumulate != 0, true, widen<T>}, d, a);
 }
 
 }  // namespace fastgpt::ptx

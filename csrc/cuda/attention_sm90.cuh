@@ -1,0 +1,316 @@
+// Attention for Hopper: tensor copies, wgmma, a producer and two consumers (FlashAttention-3, arXiv 2407.08608).
+//
+// A persistent grid; a block takes tiles of 128 queries. One thread of the first warpgroup brings Q, K and V; each of
+// the other two has 64 of the queries, multiplies, and keeps scores, weights and sums in registers. Two overlaps:
+//   - within a warpgroup S(j + 1) = Q K^T and P(j) V are both issued before the softmax of S(j + 1) begins;
+//   - the warpgroups take turns at issuing, by named barriers, so that one multiplies while the other takes
+//   exponentials.
+// Keys go from the last that a tile sees to the first, so only the first steps need a mask; rows past the end of a head
+// come as zeros from the copies.
+//
+// head_dim 64 and 128, bf16 and fp16, causal and full, grouped heads, any number of queries and keys. Switched off by
+// default: it has not run on a GPU yet; see docs/notes/hopper.md.
+#pragma once
+
+#include "cuda/attention_schedule.cuh"
+#include "cuda/attention_tiles.cuh"
+#include "cuda/hopper.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace fastgpt::attention {
+
+template <int kDim>
+struct Sm90Forward {
+  static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
+  static constexpr int BLOCK_M = 64 * kConsumers, BLOCK_N = 128;
+  static constexpr int kStages = kDim == 64 ? 4 : 2;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kQueryBytes = BLOCK_M * kDim * 2, kStageBytes = BLOCK_N * kDim * 2;
+  static constexpr int kBarrierBytes = 8 * (2 + 4 * kStages);
+  static constexpr int kSharedBytes = 1024 + kQueryBytes + 2 * kStages * kStageBytes + kBarrierBytes;  // 1024: to align
+};
+
+// The tiles and barriers of a block, as addresses of shared memory.
+template <int kDim>
+struct Sm90ForwardMemory {
+  using Shape = Sm90Forward<kDim>;
+  uint32_t base;
+  __device__ __forceinline__ uint32_t query() const { return base; }
+  __device__ __forceinline__ uint32_t key(int stage) const {
+    return base + Shape::kQueryBytes + stage * Shape::kStageBytes;
+  }
+  __device__ __forceinline__ uint32_t value(int stage) const { return key(Shape::kStages + stage); }
+  __device__ __forceinline__ uint32_t barriers() const { return key(2 * Shape::kStages); }
+  __device__ __forceinline__ uint32_t query_full() const { return barriers(); }
+  __device__ __forceinline__ uint32_t query_empty() const { return barriers() + 8; }
+  __device__ __forceinline__ uint32_t key_full(int stage) const { return barriers() + 16 + 32 * stage; }
+  __device__ __forceinline__ uint32_t key_empty(int stage) const { return key_full(stage) + 8; }
+  __device__ __forceinline__ uint32_t value_full(int stage) const { return key_full(stage) + 16; }
+  __device__ __forceinline__ uint32_t value_empty(int stage) const { return key_full(stage) + 24; }
+};
+
+// Steps over the keys that some query of the tile sees.
+template <int BLOCK_M, int BLOCK_N>
+__device__ __forceinline__ int steps_of(const Params& p, int first_query) {
+  int seen = p.keys;
+  if (p.causal) seen = max(0, min(p.keys, min(first_query + BLOCK_M, p.queries) + p.keys - p.queries));
+  return (seen + BLOCK_N - 1) / BLOCK_N;
+}
+
+// Scores of a warpgroup's 64 rows become weights relative to the rows' new maxima; `shrink` takes older sums along.
+template <int kCount>
+__device__ __forceinline__ void softmax_step(float (&scores)[kCount], float (&largest)[2], float (&sum)[2],
+                                             float (&shrink)[2], float scale) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float m = largest[half];
+#pragma unroll
+    for (int i = 2 * half; i < kCount; i += 4) m = fmaxf(m, fmaxf(scores[i], scores[i + 1]));
+    m = row_max(m);
+    const float base = m == -INFINITY ? 0.0f : m * scale;  // a row that has seen no key yet
+    shrink[half] = ptx::exp2_approx(largest[half] * scale - base);
+    float partial = 0.0f;
+#pragma unroll
+    for (int i = 2 * half; i < kCount; i += 4) {
+      scores[i] = ptx::exp2_approx(scores[i] * scale - base);
+      scores[i + 1] = ptx::exp2_approx(scores[i + 1] * scale - base);
+      partial += scores[i] + scores[i + 1];
+    }
+    sum[half] = sum[half] * shrink[half] + partial;  // the four lanes' parts are added at the end
+    largest[half] = m;
+  }
+}
+
+// The part of a result that a warpgroup holds; `row` is this thread's first, its second is 8 further.
+template <class T, int kCount>
+__device__ __forceinline__ void store_sums(T* matrix, int64_t stride, int row, int rows, const float (&sums)[kCount],
+                                           float factor0, float factor1) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= rows) continue;
+    const float f = half == 0 ? factor0 : factor1;
+    T* at = matrix + (row + 8 * half) * stride + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < kCount / 4; ++n) {
+      *reinterpret_cast<uint32_t*>(at + 8 * n) =
+          ptx::pack<T>(sums[4 * n + 2 * half] * f, sums[4 * n + 2 * half + 1] * f);
+    }
+  }
+}
+
+template <int kDim>
+__device__ __forceinline__ void attention_fwd_sm90_produce(const CUtensorMap& q_map, const CUtensorMap& k_map,
+                                                           const CUtensorMap& v_map, const Params& p,
+                                                           const Schedule& schedule, Sm90ForwardMemory<kDim> memory) {
+  using Shape = Sm90Forward<kDim>;
+  constexpr int BLOCK_M = Shape::BLOCK_M, BLOCK_N = Shape::BLOCK_N;
+  const auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t full, int rows, int first, int head,
+                        int batch) {
+    ptx::mbarrier_arrive_expect(full, rows * kDim * 2);
+#pragma unroll
+    for (int panel = 0; panel < kDim / 64; ++panel) {
+      ptx::tensor_load_4d(tile + panel * rows * hopper::kPanelRowBytes, &map, full, 64 * panel, first, head, batch);
+    }
+  };
+  hopper::Place<Shape::kStages> place;
+  uint32_t query_parity = 0;
+  for (int index = blockIdx.x; index < schedule.count(); index += gridDim.x) {
+    const Tile tile = schedule.tile(index);
+    const int first_query = tile.block * BLOCK_M, kv_head = tile.head / (p.heads / p.kv_heads);
+    const int steps = steps_of<BLOCK_M, BLOCK_N>(p, first_query);
+    if (steps == 0) continue;
+    ptx::mbarrier_wait(memory.query_empty(), query_parity ^ 1);
+    load(memory.query(), q_map, memory.query_full(), BLOCK_M, first_query, tile.head, tile.batch);
+    query_parity ^= 1;
+    for (int step = steps - 1; step >= 0; --step) {
+      ptx::mbarrier_wait(memory.key_empty(place.stage), place.parity ^ 1);
+      load(memory.key(place.stage), k_map, memory.key_full(place.stage), BLOCK_N, step * BLOCK_N, kv_head, tile.batch);
+      ptx::mbarrier_wait(memory.value_empty(place.stage), place.parity ^ 1);
+      load(memory.value(place.stage), v_map, memory.value_full(place.stage), BLOCK_N, step * BLOCK_N, kv_head,
+           tile.batch);
+      place.next();
+    }
+  }
+}
+
+template <class T, int kDim>
+__device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, const Schedule& schedule,
+                                                           Sm90ForwardMemory<kDim> memory, int consumer) {
+  using Shape = Sm90Forward<kDim>;
+  constexpr int BLOCK_M = Shape::BLOCK_M, BLOCK_N = Shape::BLOCK_N;
+  const int lane = threadIdx.x % 32, warp_row = 64 * consumer + threadIdx.x % 128 / 32 * 16;
+  const float scale = p.scale * kLog2E;
+  const int offset = p.keys - p.queries;
+  const int my_turn = 1 + consumer, other_turn = 2 - consumer;
+  const auto release = [&](uint32_t barrier) {
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  };
+
+  if (consumer == 1) ptx::named_barrier_arrive(other_turn, 256);  // the first consumer goes first
+  hopper::Place<Shape::kStages> place;
+  uint32_t query_parity = 0;
+  for (int index = blockIdx.x; index < schedule.count(); index += gridDim.x) {
+    const Tile tile = schedule.tile(index);
+    const int first_query = tile.block * BLOCK_M, row = first_query + warp_row + lane / 4;
+    const int steps = steps_of<BLOCK_M, BLOCK_N>(p, first_query);
+
+    float out[kDim / 2], largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, shrink[2];
+#pragma unroll
+    for (int i = 0; i < kDim / 2; ++i) out[i] = 0.0f;
+    float scores[BLOCK_N / 2];
+    uint32_t weights[BLOCK_N / 16][4];
+
+    const auto mask = [&](int step) {
+      const int first_key = step * BLOCK_N;
+      const bool diagonal = p.causal && first_key + BLOCK_N - 1 > first_query + 64 * consumer + offset;
+      if (!diagonal && first_key + BLOCK_N <= p.keys) return;
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 2; ++i) {
+        const int column = first_key + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+        const int last = p.causal ? min(p.keys - 1, row + i / 2 % 2 * 8 + offset) : p.keys - 1;
+        if (column > last) scores[i] = -INFINITY;
+      }
+    };
+
+    if (steps > 0) {
+      ptx::mbarrier_wait(memory.query_full(), query_parity);
+      query_parity ^= 1;
+      ptx::mbarrier_wait(memory.key_full(place.stage), place.parity);
+      ptx::named_barrier_sync(my_turn, 256);
+      ptx::wgmma_fence();
+      hopper::multiply_transposed<T, kDim, BLOCK_N>(scores, memory.query(), BLOCK_M, 64 * consumer,
+                                                    memory.key(place.stage));
+      ptx::wgmma_commit();
+      ptx::named_barrier_arrive(other_turn, 256);
+      ptx::wgmma_wait<0>();  // the first scores
+      ptx::keep(scores);
+      release(memory.key_empty(place.stage));
+      mask(steps - 1);
+      softmax_step(scores, largest, sum, shrink, scale);
+      hopper::pack_left<T>(weights, scores);
+      hopper::Place<Shape::kStages> behind = place;  // V follows K by a step
+      place.next();
+
+      for (int step = steps - 2; step >= 0; --step) {
+        // Between the two products a wait, which is a loop that threads may leave one by one, would serialise them
+        // (ptxas C7520); and V of the step before came before this K.
+        ptx::mbarrier_wait(memory.key_full(place.stage), place.parity);
+        ptx::mbarrier_wait(memory.value_full(behind.stage), behind.parity);
+        ptx::named_barrier_sync(my_turn, 256);
+        ptx::keep(scores), ptx::keep(out), ptx::keep(weights);
+        ptx::wgmma_fence();  // of the loop
+        hopper::multiply_transposed<T, kDim, BLOCK_N>(scores, memory.query(), BLOCK_M, 64 * consumer,
+                                                      memory.key(place.stage));
+        ptx::wgmma_commit();
+        hopper::accumulate<T, kDim, BLOCK_N>(out, weights, memory.value(behind.stage));
+        ptx::wgmma_commit();
+        ptx::named_barrier_arrive(other_turn, 256);
+        ptx::wgmma_wait<1>();  // the scores
+        ptx::keep(scores);
+        release(memory.key_empty(place.stage));
+        mask(step);
+        softmax_step(scores, largest, sum, shrink, scale);
+        ptx::wgmma_wait<0>();  // the sums
+        ptx::keep(out);
+        release(memory.value_empty(behind.stage));
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
+        hopper::pack_left<T>(weights, scores);
+        behind = place;
+        place.next();
+      }
+      release(memory.query_empty());
+      ptx::mbarrier_wait(memory.value_full(behind.stage), behind.parity);
+      ptx::keep(out), ptx::keep(weights);
+      ptx::wgmma_fence();
+      hopper::accumulate<T, kDim, BLOCK_N>(out, weights, memory.value(behind.stage));
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();  // the last sums
+      ptx::keep(out);
+      release(memory.value_empty(behind.stage));
+    }
+
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] = row_sum(sum[half]);
+      inverse[half] = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
+      if (lane % 4 == 0 && row + 8 * half < p.queries) {
+        const float lse = sum[half] == 0.0f ? -INFINITY : largest[half] * p.scale + logf(sum[half]);
+        p.lse[(static_cast<int64_t>(tile.batch) * p.heads + tile.head) * p.queries + row + 8 * half] = lse;
+      }
+    }
+    T* result = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch + tile.head * p.out_stride.head;
+    store_sums(result, p.out_stride.row, row, p.queries, out, inverse[0], inverse[1]);
+  }
+  if (consumer == 0) ptx::named_barrier_sync(my_turn, 256);  // the turn that the other gave last
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(Sm90Forward<kDim>::kThreads, 1)
+    attention_fwd_sm90_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                              const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Params p,
+                              const __grid_constant__ Schedule schedule) {
+  using Shape = Sm90Forward<kDim>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const Sm90ForwardMemory<kDim> memory{(ptx::shared_address(shared) + 1023) & ~1023u};
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(memory.query_full(), 1);
+    ptx::mbarrier_init(memory.query_empty(), 4 * Shape::kConsumers);  // a warp arrives when it is done
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      ptx::mbarrier_init(memory.key_full(stage), 1);
+      ptx::mbarrier_init(memory.key_empty(stage), 4 * Shape::kConsumers);
+      ptx::mbarrier_init(memory.value_full(stage), 1);
+      ptx::mbarrier_init(memory.value_empty(stage), 4 * Shape::kConsumers);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();  // the barriers are there
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  if (warpgroup == 0) {
+    ptx::registers_decrease<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) attention_fwd_sm90_produce<kDim>(q_map, k_map, v_map, p, schedule, memory);
+  } else {
+    ptx::registers_increase<Shape::kConsumerRegisters>();
+    attention_fwd_sm90_consume<T, kDim>(p, schedule, memory, warpgroup - 1);
+  }
+}
+
+template <class T, int kDim>
+void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t stream) {
+  using Shape = Sm90Forward<kDim>;
+  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+  const auto map = [&](const char* name, const void* x, const Strides& s, int length, int heads, int rows) {
+    return heads_tensor_map(name, x, kBFloat16, kDim, length, heads, p.batch, s.row, s.head, s.batch, rows);
+  };
+  const int blocks = (p.queries + Shape::BLOCK_M - 1) / Shape::BLOCK_M, group = p.heads / p.kv_heads;
+  const int64_t bytes_of_keys = static_cast<int64_t>(p.keys) * kDim * 4;
+  const Schedule schedule = longest_first(blocks, p.heads, p.batch, bytes_of_keys, group);
+  const int count = schedule.count();
+  launch(attention_fwd_sm90_kernel<T, kDim>, dim3(count < multiprocessors ? count : multiprocessors),
+         dim3(Shape::kThreads), Shape::kSharedBytes, stream,
+         map("query", p.query, p.query_stride, p.queries, p.heads, Shape::BLOCK_M),
+         map("key", p.key, p.key_stride, p.keys, p.kv_heads, Shape::BLOCK_N),
+         map("value", p.value, p.value_stride, p.keys, p.kv_heads, Shape::BLOCK_N), p, schedule);
+}
+
+// Raises std::invalid_argument for what the kernel does not cover, before anything is launched.
+template <class T>
+void attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t stream) {
+  check_shape(p);
+  check_rows("query", p.query, p.query_stride);
+  check_rows("key", p.key, p.key_stride);
+  check_rows("value", p.value, p.value_stride);
+  check_rows("out", p.out, p.out_stride);
+  switch (p.dim) {
+    case 64:
+      return launch_attention_fwd_sm90<T, 64>(p, multiprocessors, stream);
+    case 128:
+      return launch_attention_fwd_sm90<T, 128>(p, multiprocessors, stream);
+    default:
+      throw std::invalid_argument("head_dim: expected 64 or 128, got " + std::to_string(p.dim));
+  }
+}
+
+}  // namespace fastgpt::attention

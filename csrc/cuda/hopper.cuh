@@ -1,0 +1,77 @@
+// How a Hopper kernel is put together from ptx.cuh: tiles that bulk copies bring, the descriptors by which the tensor
+// cores find them, and a ring of stages between a producer and its consumers.
+//
+// A tile of rows of D halves lies in shared memory as D / 64 panels of 128-byte rows, each panel 1024-byte aligned. The
+// 128-byte swizzle moves 16-byte chunks within groups of eight rows: address bits 4 to 6 ^= bits 7 to 9. The copy
+// engine writes that way and the tensor cores read that way, so nobody else computes it.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx.cuh"
+
+namespace fastgpt::hopper {
+
+constexpr int kPanelColumns = 64, kPanelRowBytes = 128, kGroupBytes = 1024;  // a group: eight rows
+
+// 9.7.16.5.1.2.2 the matrix descriptor of wgmma: address, leading and stride byte offsets in 16 bytes, 1 in the last
+// two bits for the 128-byte swizzle.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
+  return static_cast<uint64_t>(address >> 4 & 0x3fff) | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32 | uint64_t{1} << 62;
+}
+
+// 16 columns from `column` on of rows `row` (a multiple of 8) and following, K running along the rows: groups of eight
+// rows follow each other; the leading offset has no meaning with this swizzle.
+__device__ __forceinline__ uint64_t k_major(uint32_t tile, int tile_rows, int row, int column) {
+  const uint32_t panel = tile + column / kPanelColumns * tile_rows * kPanelRowBytes;
+  return descriptor(panel + row * kPanelRowBytes + column % kPanelColumns * 2, 16, kGroupBytes);
+}
+
+// 16 rows from `row` on, all columns, K running down the rows: eight of K a group, 64 columns a panel.
+__device__ __forceinline__ uint64_t mn_major(uint32_t tile, int tile_rows, int row) {
+  return descriptor(tile + row * kPanelRowBytes, tile_rows * kPanelRowBytes, kGroupBytes);
+}
+
+// d = A B^T: 64 rows of A from `row` on, all kColumns rows of B, over kDim columns. Asynchronous: fence before, commit
+// and wait after.
+template <class T, int kDim, int kColumns>
+__device__ __forceinline__ void multiply_transposed(float (&d)[kColumns / 2], uint32_t a, int a_rows, int row,
+                                                    uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    ptx::wgmma_ss<T, kColumns>(d, k_major(a, a_rows, row, 16 * k), k_major(b, kColumns, 0, 16 * k), k > 0);
+  }
+}
+
+// d += W B, W (64, kInner) in registers as pack_left leaves it, B a tile of kInner rows of kDim halves. Asynchronous.
+template <class T, int kDim, int kInner>
+__device__ __forceinline__ void accumulate(float (&d)[kDim / 2], const uint32_t (&w)[kInner / 16][4], uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < kInner / 16; ++k) {
+    ptx::wgmma_rs<T, kDim>(d, w[k], mn_major(b, kInner, 16 * k), 1);
+  }
+}
+
+// Sums as the left operand of the next product: the layouts agree, so only the type changes.
+template <class T, int kCount>
+__device__ __forceinline__ void pack_left(uint32_t (&w)[kCount / 8][4], const float (&d)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount / 8; ++k) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) w[k][r] = ptx::pack<T>(d[8 * k + 2 * r], d[8 * k + 2 * r + 1]);
+  }
+}
+
+// Where one side of a ring of kStages stages is. The consumer waits for `full` with parity(), the producer for `empty`
+// with the other parity, which a fresh barrier passes.
+template <int kStages>
+struct Place {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+}  // namespace fastgpt::hopper

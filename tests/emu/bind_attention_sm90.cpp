@@ -1,0 +1,20 @@
+#include "bind_attention.h"
+#include "cuda/attention_sm90.cuh"
+
+// The first argument after the common ones is the number of multiprocessors, the grid's limit.
+#if !defined(EMU_TSAN) && !defined(EMU_ASAN)
+EMU_BIND(attention_fwd_fp16) { attention_fwd_sm90<__half>(params(a), a.integer(13), nullptr); }
+EMU_BIND(attention_fwd_bf16) { attention_fwd_sm90<__nv_bfloat16>(params(a), a.integer(13), nullptr); }
+#else
+EMU_BIND(attention_fwd_bf16) { launch_attention_fwd_sm90<__nv_bfloat16, 64>(params(a), a.integer(13), nullptr); }
+#endif
+
+// tiles (count, 3) of a schedule: blocks, heads, batch, bytes of a key head, group.
+EMU_BIND(schedule) {
+  const Schedule s = longest_first(a.integer(1), a.integer(2), a.integer(3), a.integer(4), a.integer(5));
+  for (int i = 0; i < s.count(); ++i) {
+    const Tile tile = s.tile(i);
+    int64_t* row = a.pointer<int64_t>(0) + 3 * i;
+    row[0] = tile.block, row[1] = tile.head, row[2] = tile.batch;
+  }
+}

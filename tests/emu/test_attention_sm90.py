@@ -1,0 +1,153 @@
+"""csrc/cuda/attention_sm90.cuh on the emulator: tensor copies, mbarriers, wgmma, warpgroups that take turns."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu import attention_cases
+from emu.attention_cases import Case
+from emu.build import Bug, compiler
+from emu.emulator import MODES, EmulationError, Emulator
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
+
+KERNEL, HOPPER = "attention_sm90.cuh", "hopper.cuh"
+K_FREE = "ptx::mbarrier_wait(memory.key_empty(place.stage), place.parity ^ 1);"
+SCORES = (
+    "ptx::wgmma_wait<1>();  // the scores\n        ptx::keep(scores);\n        release(memory.key_empty(place.stage));"
+)
+SUMS = "ptx::wgmma_wait<0>();  // the sums\n        ptx::keep(out);\n        release(memory.value_empty(behind.stage));"
+COUNT = "ptx::mbarrier_init(memory.key_empty(stage), 4 * Shape::kConsumers);"
+V_THERE = "ptx::mbarrier_wait(memory.value_full(behind.stage), behind.parity);\n        ptx::named_barrier_sync(my_turn, 256);"
+GIVE_TURN = "ptx::wgmma_commit();\n        ptx::named_barrier_arrive(other_turn, 256);"
+FIRST_TURN = "if (consumer == 1) ptx::named_barrier_arrive(other_turn, 256);"
+PACK = "w[k][r] = ptx::pack<T>(d[8 * k + 2 * r], d[8 * k + 2 * r + 1]);"
+K_MAJOR = "return descriptor(panel + row * kPanelRowBytes + column % kPanelColumns * 2, 16, kGroupBytes);"
+MN_MAJOR = "return descriptor(tile + row * kPanelRowBytes, tile_rows * kPanelRowBytes, kGroupBytes);"
+BUGS = [
+    Bug("no sync after the barriers", KERNEL, "__syncthreads();  // the barriers are there", ";"),
+    Bug("no fence after the barriers", KERNEL, "ptx::fence_mbarrier_init();", ";"),
+    Bug("expects too few bytes", KERNEL, "rows * kDim * 2", "rows * kDim", expression=True),
+    Bug("waits for the wrong parity of K", KERNEL, K_FREE, K_FREE.replace(" ^ 1", "")),
+    Bug("does not wait for K to be free", KERNEL, K_FREE, ";"),
+    Bug("does not wait for V to be free", KERNEL, K_FREE.replace("key", "value"), ";"),
+    Bug("does not wait for Q to be free", KERNEL, "ptx::mbarrier_wait(memory.query_empty(), query_parity ^ 1);", ";"),
+    Bug("does not wait for V", KERNEL, V_THERE, "ptx::named_barrier_sync(my_turn, 256);"),
+    Bug("one consumer frees the stage", KERNEL, COUNT, COUNT.replace(" * Shape::kConsumers", "")),
+    Bug("too many must free the stage", KERNEL, COUNT.replace("key", "value"), "ptx::mbarrier_init(memory.value_empty(stage), 9);"),
+    Bug("scores read too early", KERNEL, SCORES, SCORES.replace("<1>", "<2>")),
+    Bug("sums read too early", KERNEL, SUMS, SUMS.replace("<0>", "<1>")),
+    Bug("V freed before its product is done", KERNEL, SUMS, "release(memory.value_empty(behind.stage)); ptx::wgmma_wait<0>();"),
+    Bug("last sums never waited for", KERNEL, "ptx::wgmma_wait<0>();  // the last sums", ";"),
+    Bug("no fence", KERNEL, "ptx::wgmma_fence();  // of the loop", ";"),
+    Bug("turns are not given back", KERNEL, GIVE_TURN, "ptx::wgmma_commit();"),
+    Bug("a turn of the wrong size", KERNEL, FIRST_TURN, FIRST_TURN.replace("256", "384")),
+    Bug("the last turn is left", KERNEL, "if (consumer == 0) ptx::named_barrier_sync(my_turn, 256);", ";"),
+    Bug("mask off by one", KERNEL, "column > last", "column > last + 1", expression=True),
+    Bug("sums not rescaled", KERNEL, "out[i] *= shrink[i / 2 % 2];", ";"),
+    Bug("rescaled by the other row", KERNEL, "out[i] *= shrink[i / 2 % 2];", "out[i] *= shrink[i % 2];"),
+    Bug("wrong group stride", HOPPER, K_MAJOR, K_MAJOR.replace("kGroupBytes", "512")),
+    Bug("K does not advance", HOPPER, K_MAJOR, K_MAJOR.replace("column % kPanelColumns * 2", "0")),
+    Bug("V does not advance", HOPPER, MN_MAJOR, MN_MAJOR.replace("tile + row * kPanelRowBytes", "tile")),
+    Bug("panels in the wrong place", HOPPER, MN_MAJOR, MN_MAJOR.replace("tile_rows *", "8 *")),
+    Bug("weights in the wrong registers", HOPPER, PACK, PACK.replace("r + 1", "r")),
+    Bug("no swizzle", HOPPER, "uint64_t{1} << 62", "uint64_t{0} << 62", expression=True),
+    Bug("registers that are not there", KERNEL, "ptx::registers_decrease<Shape::kProducerRegisters>();", ";"),
+]  # fmt: skip
+CASES = [
+    Case(128, 128),
+    Case(1, 1),
+    Case(97, 113, causal=True),
+    Case(113, 97, causal=True),
+    Case(300, 300, causal=True),
+    Case(200, 257, causal=True, heads=4, kv_heads=2, batch=2),
+    Case(130, 700),
+    Case(97, 130, 128),
+    Case(260, 390, 128, causal=True, heads=2, kv_heads=1),
+    Case(150, 150, causal=True, dtype=torch.float16, magnitude=3.0),
+    Case(17, 1025, 128, causal=True, dtype=torch.float16),
+]
+BROKEN = [
+    Case(260, 390, 128, causal=True, heads=2, kv_heads=1),
+    Case(140, 800, heads=2, kv_heads=1),
+]
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Emulator:
+    return Emulator("attention_sm90", BUGS)
+
+
+def check(
+    emulator: Emulator, case: Case, multiprocessors: int = 2, **how: "str | int | tuple[str, str]"
+) -> list[Tensor]:
+    return attention_cases.check(emulator, case, backward=False, more=(multiprocessors,), **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(emulator: Emulator, case: Case) -> None:
+    check(emulator, case)
+
+
+@pytest.mark.parametrize("mode", MODES, ids="-".join)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_mode_gives_the_same_bits(emulator: Emulator, mode: tuple[str, str], dim: int) -> None:
+    case = Case(150, 400, dim, causal=True)
+    for first, again in zip(check(emulator, case), check(emulator, case, mode=mode, seed=5), strict=True):
+        assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 100])
+def test_any_grid_gives_the_same_bits(emulator: Emulator, multiprocessors: int) -> None:
+    case = Case(300, 300, causal=True, heads=2)
+    for first, again in zip(check(emulator, case), check(emulator, case, multiprocessors), strict=True):
+        assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("bug", [bug.name for bug in BUGS])
+def test_planted_bugs_are_caught(emulator: Emulator, bug: str) -> None:
+    for seed, case in itertools.product(range(2), BROKEN):
+        for mode in [MODES[0], ("random", "lazy"), ("warp priority", "random"), ("warp priority", "eager")]:
+            try:
+                check(emulator, case, mode=mode, seed=seed, bug=bug, multiprocessors=1)
+            except (EmulationError, AssertionError):
+                return
+    pytest.fail("no mode saw it")
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_no_sanitizer_reports(emulator: Emulator, sanitizer: str) -> None:
+    check(emulator, Case(150, 300, causal=True), sanitizer=sanitizer)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "heads", "batch", "kilobytes", "group"),
+    [(1, 1, 1, 1, 1), (8, 12, 4, 256, 1), (5, 6, 3, 16384, 2), (7, 8, 1, 8000, 4), (3, 5, 2, 1 << 20, 1)],
+)
+def test_the_schedule_takes_each_tile_once_and_long_ones_first(
+    emulator: Emulator, blocks: int, heads: int, batch: int, kilobytes: int, group: int
+) -> None:
+    tiles = torch.full((blocks * heads * batch, 3), -1)
+    emulator("schedule", tiles, blocks, heads, batch, kilobytes << 10, group)
+    order = [tuple(row) for row in tiles.tolist()]
+    assert sorted(order) == list(itertools.product(range(blocks), range(heads), range(batch)))
+    section = min(heads * batch, max(group, (32 << 10) // kilobytes * group))
+    together = [order[i : i + section * blocks] for i in range(0, len(order), section * blocks)]
+    for tiles_of_section in together:
+        lengths = [block for block, _, _ in tiles_of_section]
+        assert lengths == sorted(lengths, reverse=True)
+        assert len({(head, b) for _, head, b in tiles_of_section}) <= section
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(8, 8, 96), "head_dim: expected 64 or 128, got 96"),
+        (Case(8, 8, heads=3, kv_heads=2), "heads a multiple of kv_heads"),
+    ],
+)
+def test_what_is_not_covered_raises(emulator: Emulator, case: Case, message: str) -> None:
+    with pytest.raises(EmulationError, match=message):
+        check(emulator, case)
