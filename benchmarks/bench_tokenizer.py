@@ -253,7 +253,8 @@ def table(result: dict[str, Any]) -> str:
         case = cases[name]
         variants = {variant["name"]: variant for variant in case["variants"]}
         ours = variants["fastgpt"]
-        cells = [f"{ours['value']:.3g} {case['unit']}"]
+        value = ours["value"]
+        cells = [f"{value:.0f} {case['unit']}" if value >= 100 else f"{value:.3g} {case['unit']}"]
         for peer in peers:
             other = variants.get(peer)
             usable = other and other["exact"] is not False

@@ -94,12 +94,14 @@ def load(name: str, encoding: str, vocab: Path) -> Peer:
     module = import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         exported = str(Path(folder) / "tokenizer.json")
-        Tokenizer.from_tiktoken(path, parts.pattern).save_huggingface(exported)
+        # cl100k's pattern as tokenizer.json files have it, which these know by its text; it differs at a text's end only.
+        pattern = "llama3" if parts.pattern == "cl100k_base" else parts.pattern
+        Tokenizer.from_tiktoken(path, pattern).save_huggingface(exported)
         if name == "fastokens":
             fast = module.Tokenizer.from_file(exported)
             return Peer(
-                lists=lambda texts: [fast.encode(text) for text in texts],
-                one=fast.encode,
+                lists=lambda texts: [fast.encode(text).ids for text in texts],  # encode alone makes no list
+                one=lambda text: fast.encode(text).ids,
                 arrays=fast.encode_batch_flat,
                 threads=fast.encode_batch_flat,
                 decode=fast.decode,
