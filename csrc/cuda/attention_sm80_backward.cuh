@@ -231,15 +231,7 @@ void launch_attention_bwd_sm80(const Params& p, cudaStream_t stream) {
 // Raises std::invalid_argument for what the kernels do not cover, before anything is launched.
 template <class T>
 void attention_bwd_sm80(const Params& p, cudaStream_t stream) {
-  check_shape(p);
-  check_rows("query", p.query, p.query_stride);
-  check_rows("key", p.key, p.key_stride);
-  check_rows("value", p.value, p.value_stride);
-  check_rows("out", p.out, p.out_stride);
-  check_rows("grad", p.grad, p.grad_stride);
-  check_rows("grad_query", p.grad_query, p.grad_query_stride);
-  check_rows("grad_key", p.grad_key, p.grad_key_stride);
-  check_rows("grad_value", p.grad_value, p.grad_value_stride);
+  check_backward(p);
   switch (p.dim) {
     case 32:
       return launch_attention_bwd_sm80<T, 32>(p, stream);

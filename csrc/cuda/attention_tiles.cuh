@@ -56,6 +56,18 @@ inline void check_shape(const Params& p) {
   if (!(p.scale > 0.0f)) throw std::invalid_argument("scale: must be positive, got " + std::to_string(p.scale));
 }
 
+inline void check_backward(const Params& p) {
+  check_shape(p);
+  check_rows("query", p.query, p.query_stride);
+  check_rows("key", p.key, p.key_stride);
+  check_rows("value", p.value, p.value_stride);
+  check_rows("out", p.out, p.out_stride);
+  check_rows("grad", p.grad, p.grad_stride);
+  check_rows("grad_query", p.grad_query, p.grad_query_stride);
+  check_rows("grad_key", p.grad_key, p.grad_key_stride);
+  check_rows("grad_value", p.grad_value, p.grad_value_stride);
+}
+
 // Byte of 16-byte chunk `chunk` of row `row` in a tile of rows of kDim halves. The chunks of a row are permuted so that
 // the same chunk of eight consecutive rows lies in eight different groups of banks, for ldmatrix and for cp.async.
 template <int kDim>

@@ -1,5 +1,6 @@
 #include "bind_attention.h"
 #include "cuda/attention_sm90.cuh"
+#include "cuda/attention_sm90_backward.cuh"
 
 // The first argument after the common ones is the number of multiprocessors, the grid's limit.
 #if !defined(EMU_TSAN) && !defined(EMU_ASAN)
@@ -18,3 +19,10 @@ EMU_BIND(schedule) {
     row[0] = tile.block, row[1] = tile.head, row[2] = tile.batch;
   }
 }
+
+#if !defined(EMU_TSAN) && !defined(EMU_ASAN)
+EMU_BIND(attention_bwd_fp16) { attention_bwd_sm90<__half>(backward_params(a), nullptr); }
+EMU_BIND(attention_bwd_bf16) { attention_bwd_sm90<__nv_bfloat16>(backward_params(a), nullptr); }
+#else
+EMU_BIND(attention_bwd_bf16) { launch_attention_bwd_sm90<__nv_bfloat16, 64>(backward_params(a), nullptr); }
+#endif

@@ -15,6 +15,8 @@ SOURCES = {
     "template void fastgpt::attention::attention_bwd_sm80<T>(const Params&, cudaStream_t);\n",
     "sm90": '#include "cuda/attention_sm90.cuh"\n'
     "template void fastgpt::attention::attention_fwd_sm90<T>(const Params&, int, cudaStream_t);\n",
+    "sm90 backward": '#include "cuda/attention_sm90_backward.cuh"\n'
+    "template void fastgpt::attention::attention_bwd_sm90<T>(const Params&, cudaStream_t);\n",
 }
 
 
@@ -66,4 +68,20 @@ def test_attention_sm90_runs_on_the_tensor_cores_of_hopper(tmp_path: Path, dtype
         assert len(re.findall(r"\bHGMMA\.", function)) == 2 * dim // 16 + 2 * 128 // 16, name
         assert re.search(r"\bUTMALDG\.4D", function)
         assert len(re.findall(r"USETMAXREG", function)) == 2
+        assert not re.search(r"\bHMMA\.|\b(LDL|STL)\b", function), "old tensor instructions, or local memory"
+
+
+@pytest.mark.parametrize("dtype", ["__nv_bfloat16", "__half"])
+def test_attention_sm90_backward_runs_on_the_tensor_cores_of_hopper(tmp_path: Path, dtype: str) -> None:
+    cubin, report = compiled(tmp_path, "sm90 backward", "90a", dtype)
+    check_report(report, kernels=5)
+    done = subprocess.run([disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    functions = [f for f in re.split(r"Function : ", done.stdout)[1:] if "bwd_sm90" in f.splitlines()[0]]
+    assert len(functions) == 4
+    for function in functions:
+        name = function.splitlines()[0]
+        dim, sums = 128 if "Li128" in name else 64, 2 if "Lb1" in name else 1
+        # S and dP, D / 16 each; the sums over 64 columns, 4 each.
+        assert len(re.findall(r"\bHGMMA\.", function)) == 2 * dim // 16 + 4 * sums, name
+        assert re.search(r"\bUTMALDG\.4D", function)
         assert not re.search(r"\bHMMA\.|\b(LDL|STL)\b", function), "old tensor instructions, or local memory"

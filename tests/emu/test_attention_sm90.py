@@ -13,12 +13,15 @@ from emu.emulator import MODES, EmulationError, Emulator
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
 
-KERNEL, HOPPER = "attention_sm90.cuh", "hopper.cuh"
+KERNEL, HOPPER, BACKWARD = "attention_sm90.cuh", "hopper.cuh", "attention_sm90_backward.cuh"
 K_FREE = "ptx::mbarrier_wait(memory.key_empty(place.stage), place.parity ^ 1);"
 SCORES = (
     "ptx::wgmma_wait<1>();  // the scores\n        ptx::keep(scores);\n        release(memory.key_empty(place.stage));"
 )
 SUMS = "ptx::wgmma_wait<0>();  // the sums\n        ptx::keep(out);\n        release(memory.value_empty(behind.stage));"
+G_SUMS = "ptx::wgmma_wait<0>();  // the sums"
+TWICE = "if (lane == 1) ptx::mbarrier_arrive(empty(place.stage)); ptx::wgmma_wait<0>();"
+EXPECT = "ptx::mbarrier_arrive_expect(full(place.stage), 2 * Shape::kColumnsBytes);"
 COUNT = "ptx::mbarrier_init(memory.key_empty(stage), 4 * Shape::kConsumers);"
 V_THERE = "ptx::mbarrier_wait(memory.value_full(behind.stage), behind.parity);\n        ptx::named_barrier_sync(my_turn, 256);"
 GIVE_TURN = "ptx::wgmma_commit();\n        ptx::named_barrier_arrive(other_turn, 256);"
@@ -54,6 +57,18 @@ BUGS = [
     Bug("panels in the wrong place", HOPPER, MN_MAJOR, MN_MAJOR.replace("tile_rows *", "8 *")),
     Bug("weights in the wrong registers", HOPPER, PACK, PACK.replace("r + 1", "r")),
     Bug("no swizzle", HOPPER, "uint64_t{1} << 62", "uint64_t{0} << 62", expression=True),
+    Bug("gradients: no sync after the barriers", BACKWARD, "__syncthreads();  // the barriers are there", ";"),
+    Bug("gradients: too few bytes", BACKWARD, EXPECT, EXPECT.replace("2 *", "1 *")),
+    Bug("gradients: stage not waited for", BACKWARD, "ptx::mbarrier_wait(full(place.stage), place.parity);", ";"),
+    Bug("gradients: lse not waited for", BACKWARD, "kKeys ? 33 : 1", "1", expression=True),
+    Bug("gradients: scores read too early", BACKWARD, "ptx::wgmma_wait<1>();  // the scores", "ptx::wgmma_wait<2>();"),
+    Bug("gradients: dP read too early", BACKWARD, "ptx::wgmma_wait<0>();  // dP", "ptx::wgmma_wait<1>();"),
+    Bug("gradients: no fence before the sums", BACKWARD, "ptx::wgmma_fence();  // before the sums", ";"),
+    Bug("gradients: stage freed twice", BACKWARD, G_SUMS, TWICE),
+    Bug("gradients: delta left out", BACKWARD, "kKeys ? delta[column] : row_delta[i / 2 % 2]", "0.0f", expression=True),
+    Bug("gradients: mask off by one", BACKWARD, "key > query + offset", "key >= query + offset", expression=True),
+    Bug("gradients: queries left out", BACKWARD, "max(0, first_row - offset)", "max(0, first_row - offset + 64)", expression=True),
+    Bug("gradients: one head of the group", BACKWARD, "blocks * group", "blocks", expression=True),
     Bug("registers that are not there", KERNEL, "ptx::registers_decrease<Shape::kProducerRegisters>();", ";"),
 ]  # fmt: skip
 CASES = [
@@ -83,7 +98,7 @@ def emulator() -> Emulator:
 def check(
     emulator: Emulator, case: Case, multiprocessors: int = 2, **how: "str | int | tuple[str, str]"
 ) -> list[Tensor]:
-    return attention_cases.check(emulator, case, backward=False, more=(multiprocessors,), **how)  # type: ignore[arg-type]
+    return attention_cases.check(emulator, case, more=(multiprocessors,), **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

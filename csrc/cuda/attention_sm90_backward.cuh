@@ -1,0 +1,243 @@
+// The gradients of attention_sm90.cuh on tensor copies and wgmma, without atomics: the same bits every time.
+//
+//   P = exp(scale S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q
+//
+// (arXiv 2205.14135, appendix B.4), delta the row sums of dO O. Two kernels of one shape: 128 rows stay, 64 columns a
+// step stream past them. For dK and dV the rows are keys and the columns queries (of all query heads that share the key
+// head), so that P^T and dS^T feed their sums from registers; for dQ the rows are queries and the columns keys. Seven
+// products where one kernel that adds to dQ in fp32 makes five, but no pass over an fp32 dQ: the variant for short
+// sequences.
+//
+// Switched off by default: it has not run on a GPU yet; see docs/notes/hopper.md.
+#pragma once
+
+#include "cuda/attention_sm80_backward.cuh"
+#include "cuda/attention_sm90.cuh"
+
+namespace fastgpt::attention {
+
+template <int kDim>
+struct Sm90Backward {
+  static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
+  static constexpr int BLOCK_ROWS = 64 * kConsumers, BLOCK_COLUMNS = 64;
+  static constexpr int kStages = kDim == 64 ? 4 : 2;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kRowsBytes = BLOCK_ROWS * kDim * 2, kColumnsBytes = BLOCK_COLUMNS * kDim * 2;
+  static constexpr int kVectorBytes = BLOCK_COLUMNS * 4;
+  // Two tiles that stay, two a stage; lse and delta of the columns a stage; barriers; 1024 to align.
+  static constexpr int kVectors = 2 * kRowsBytes + 2 * kStages * kColumnsBytes;
+  static constexpr int kBarriers = kVectors + 2 * kStages * kVectorBytes;
+  static constexpr int kSharedBytes = 1024 + kBarriers + 8 * (1 + 2 * kStages);
+};
+
+// Which tiles a step takes: the head and the first row of the streamed tensors.
+struct BackwardStep {
+  int head, first;
+};
+
+// kKeys: rows are keys, for dK and dV; else queries, for dQ. `row0` and `row1` map what stays (K, V or Q, dO),
+// `column0` and `column1` what streams (Q, dO or K, V).
+template <class T, int kDim, bool kKeys>
+__global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
+    attention_bwd_sm90_kernel(const __grid_constant__ CUtensorMap row0, const __grid_constant__ CUtensorMap row1,
+                              const __grid_constant__ CUtensorMap column0, const __grid_constant__ CUtensorMap column1,
+                              const __grid_constant__ Params p) {
+  using Shape = Sm90Backward<kDim>;
+  constexpr int kRows = Shape::BLOCK_ROWS, kColumns = Shape::BLOCK_COLUMNS, kStages = Shape::kStages;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t unaligned = ptx::shared_address(shared), base = (unaligned + 1023) & ~1023u;
+  const auto column_tile = [&](int stage, int which) {
+    return base + 2 * Shape::kRowsBytes + (2 * stage + which) * Shape::kColumnsBytes;
+  };
+  const auto full = [&](int stage) { return base + Shape::kBarriers + 8 + 16 * stage; };
+  const auto empty = [&](int stage) { return full(stage) + 8; };
+  const uint32_t rows_full = base + Shape::kBarriers;
+  float* vectors = reinterpret_cast<float*>(shared + (base - unaligned) + Shape::kVectors);
+
+  const int group = p.heads / p.kv_heads, offset = p.keys - p.queries, batch = blockIdx.z, head = blockIdx.y;
+  const int block = kKeys ? blockIdx.x : gridDim.x - 1 - blockIdx.x;  // causal: the longest first
+  const int first_row = block * kRows;
+  int first_column = 0, blocks = 0;
+  if (kKeys) {
+    if (p.causal) first_column = max(0, first_row - offset) / kColumns * kColumns;
+    blocks = max(0, (p.queries - first_column + kColumns - 1) / kColumns);
+  } else {
+    int seen = p.keys;
+    if (p.causal) seen = max(0, min(p.keys, min(first_row + kRows, p.queries) + offset));
+    blocks = (seen + kColumns - 1) / kColumns;
+  }
+  const int steps = kKeys ? blocks * group : blocks;
+  const auto place_of = [&](int step) -> BackwardStep {
+    if (kKeys) return {head * group + step / blocks, first_column + step % blocks * kColumns};
+    return {head / group, step * kColumns};
+  };
+
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(rows_full, 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(full(stage), kKeys ? 33 : 1);  // the copies' thread, and the warp that brings lse and delta
+      ptx::mbarrier_init(empty(stage), 4 * Shape::kConsumers);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();  // the barriers are there
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  hopper::Place<kStages> place;
+
+  if (warpgroup == 0) {
+    ptx::registers_decrease<Shape::kProducerRegisters>();
+    const auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t barrier, int rows, int first, int of_head) {
+#pragma unroll
+      for (int panel = 0; panel < kDim / 64; ++panel) {
+        ptx::tensor_load_4d(tile + panel * rows * hopper::kPanelRowBytes, &map, barrier, 64 * panel, first, of_head,
+                            batch);
+      }
+    };
+    if (threadIdx.x == 0) {
+      if (steps > 0) {
+        ptx::mbarrier_arrive_expect(rows_full, 2 * Shape::kRowsBytes);
+        load(base, row0, rows_full, kRows, first_row, head);
+        load(base + Shape::kRowsBytes, row1, rows_full, kRows, first_row, head);
+      }
+      for (int step = 0; step < steps; ++step, place.next()) {
+        const BackwardStep at = place_of(step);
+        ptx::mbarrier_wait(empty(place.stage), place.parity ^ 1);
+        ptx::mbarrier_arrive_expect(full(place.stage), 2 * Shape::kColumnsBytes);
+        load(column_tile(place.stage, 0), column0, full(place.stage), kColumns, at.first, at.head);
+        load(column_tile(place.stage, 1), column1, full(place.stage), kColumns, at.first, at.head);
+      }
+    } else if (kKeys && threadIdx.x / 32 == 1) {
+      for (int step = 0; step < steps; ++step, place.next()) {
+        const BackwardStep at = place_of(step);
+        const int64_t from = (static_cast<int64_t>(batch) * p.heads + at.head) * p.queries;
+        ptx::mbarrier_wait(empty(place.stage), place.parity ^ 1);
+        for (int i = threadIdx.x % 32; i < kColumns; i += 32) {
+          const int column = at.first + i;  // past the end lse is +inf, which makes the weights 0
+          float* lse = vectors + 2 * kColumns * place.stage;
+          lse[i] = column < p.queries ? p.lse[from + column] * kLog2E : INFINITY;
+          lse[kColumns + i] = column < p.queries ? p.delta[from + column] : 0.0f;
+        }
+        ptx::mbarrier_arrive(full(place.stage));
+      }
+    }
+    return;
+  }
+
+  ptx::registers_increase<Shape::kConsumerRegisters>();
+  const int lane = threadIdx.x % 32, consumer_row = 64 * (warpgroup - 1);
+  const int row = first_row + consumer_row + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and the one 8 below
+  const float scale = p.scale * kLog2E;
+  float row_lse[2] = {0.0f, 0.0f}, row_delta[2] = {0.0f, 0.0f};
+  if (!kKeys) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t i = (static_cast<int64_t>(batch) * p.heads + head) * p.queries + row + 8 * half;
+      row_lse[half] = row + 8 * half < p.queries ? p.lse[i] * kLog2E : INFINITY;
+      row_delta[half] = row + 8 * half < p.queries ? p.delta[i] : 0.0f;
+    }
+  }
+  float sum0[kDim / 2], sum1[kKeys ? kDim / 2 : 1];  // of dS and column0; of P and column1
+#pragma unroll
+  for (int i = 0; i < kDim / 2; ++i) sum0[i] = 0.0f;
+#pragma unroll
+  for (float& x : sum1) x = 0.0f;
+
+  if (steps > 0) ptx::mbarrier_wait(rows_full, 0);
+  for (int step = 0; step < steps; ++step, place.next()) {
+    const int first = place_of(step).first;
+    const uint32_t tile0 = column_tile(place.stage, 0), tile1 = column_tile(place.stage, 1);
+    const float* lse = vectors + 2 * kColumns * place.stage;
+    const float* delta = lse + kColumns;
+    float scores[kColumns / 2], ds[kColumns / 2];
+    uint32_t weights[kColumns / 16][4], ds_left[kColumns / 16][4];
+    ptx::mbarrier_wait(full(place.stage), place.parity);
+    ptx::wgmma_fence();  // before the scores
+    hopper::multiply_transposed<T, kDim, kColumns>(scores, base, kRows, consumer_row, tile0);
+    ptx::wgmma_commit();
+    hopper::multiply_transposed<T, kDim, kColumns>(ds, base + Shape::kRowsBytes, kRows, consumer_row, tile1);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();  // the scores
+    ptx::keep(scores);
+    const bool masked =
+        kKeys ? p.causal && first_row + consumer_row + 63 > first + offset
+              : first + kColumns > p.keys || (p.causal && first + kColumns - 1 > first_row + consumer_row + offset);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2, r = row + i / 2 % 2 * 8;
+      scores[i] = ptx::exp2_approx(scores[i] * scale - (kKeys ? lse[column] : row_lse[i / 2 % 2]));
+      if (masked) {
+        const int query = kKeys ? first + column : r, key = kKeys ? r : first + column;
+        if ((!kKeys && key >= p.keys) || (p.causal && key > query + offset)) scores[i] = 0.0f;
+      }
+    }
+    ptx::wgmma_wait<0>();  // dP
+    ptx::keep(ds);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+      ds[i] = scores[i] * (ds[i] - (kKeys ? delta[column] : row_delta[i / 2 % 2]));
+    }
+    hopper::pack_left<T>(ds_left, ds);
+    ptx::keep(sum0), ptx::keep(ds_left);
+    if (kKeys) {
+      hopper::pack_left<T>(weights, scores);
+      ptx::keep(sum1), ptx::keep(weights);
+    }
+    ptx::wgmma_fence();  // before the sums
+    if constexpr (kKeys) hopper::accumulate<T, kDim, kColumns>(sum1, weights, tile1);
+    hopper::accumulate<T, kDim, kColumns>(sum0, ds_left, tile0);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();  // the sums
+    ptx::keep(sum0);
+    if (kKeys) ptx::keep(sum1);
+    if (lane == 0) ptx::mbarrier_arrive(empty(place.stage));
+  }
+
+  const auto store = [&](void* result, const Strides& s, int rows, const float (&sums)[kDim / 2], float factor) {
+    T* matrix = static_cast<T*>(result) + batch * s.batch + head * s.head;
+    store_sums(matrix, s.row, row, rows, sums, factor, factor);
+  };
+  if constexpr (kKeys) {
+    store(p.grad_key, p.grad_key_stride, p.keys, sum0, p.scale);
+    store(p.grad_value, p.grad_value_stride, p.keys, sum1, 1.0f);
+  } else {
+    store(p.grad_query, p.grad_query_stride, p.queries, sum0, p.scale);
+  }
+}
+
+template <class T, int kDim>
+void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
+  using Shape = Sm90Backward<kDim>;
+  constexpr int kRows = Shape::BLOCK_ROWS, kColumns = Shape::BLOCK_COLUMNS;
+  const auto map = [&](const char* name, const void* x, const Strides& s, int length, int heads, int rows) {
+    constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+    return heads_tensor_map(name, x, kBFloat16, kDim, length, heads, p.batch, s.row, s.head, s.batch, rows);
+  };
+  const auto query = [&](int rows) { return map("query", p.query, p.query_stride, p.queries, p.heads, rows); };
+  const auto grad = [&](int rows) { return map("grad", p.grad, p.grad_stride, p.queries, p.heads, rows); };
+  const auto key = [&](int rows) { return map("key", p.key, p.key_stride, p.keys, p.kv_heads, rows); };
+  const auto value = [&](int rows) { return map("value", p.value, p.value_stride, p.keys, p.kv_heads, rows); };
+  launch(attention_delta_kernel<T>, dim3((p.queries + 3) / 4, p.heads, p.batch), dim3(128), 0, stream, p);
+  launch(attention_bwd_sm90_kernel<T, kDim, true>, dim3((p.keys + kRows - 1) / kRows, p.kv_heads, p.batch),
+         dim3(Shape::kThreads), Shape::kSharedBytes, stream, key(kRows), value(kRows), query(kColumns), grad(kColumns),
+         p);
+  launch(attention_bwd_sm90_kernel<T, kDim, false>, dim3((p.queries + kRows - 1) / kRows, p.heads, p.batch),
+         dim3(Shape::kThreads), Shape::kSharedBytes, stream, query(kRows), grad(kRows), key(kColumns), value(kColumns),
+         p);
+}
+
+// Raises std::invalid_argument for what the kernels do not cover, before anything is launched.
+template <class T>
+void attention_bwd_sm90(const Params& p, cudaStream_t stream) {
+  check_backward(p);
+  switch (p.dim) {
+    case 64:
+      return launch_attention_bwd_sm90<T, 64>(p, stream);
+    case 128:
+      return launch_attention_bwd_sm90<T, 128>(p, stream);
+    default:
+      throw std::invalid_argument("head_dim: expected 64 or 128, got " + std::to_string(p.dim));
+  }
+}
+
+}  // namespace fastgpt::attention
