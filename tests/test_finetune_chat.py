@@ -8,7 +8,7 @@ import torch
 
 from fastgpt import GPT, GPTConfig, Tokenizer, cli
 from fastgpt.errors import UserError
-from fastgpt.finetune.chat import IGNORED, Chat, Template, add_marks, batch_of, grow_vocabulary
+from fastgpt.finetune.chat import IGNORED, Chat, Template, add_marks, batch_of, grow_vocabulary, packed
 from fastgpt.finetune.lora import adapter_tensors, add_lora, load_adapter, merge_lora, save_adapter
 from fastgpt.finetune.records import Message
 from fastgpt.infer import load_run
@@ -82,6 +82,45 @@ def test_the_loss_of_an_example_does_not_depend_on_its_neighbours(tokenizer):
     losses = [model(torch.tensor([i]), torch.tensor([t]))[1] for i, t in made]
     expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(model(*batch_of(made), need_logits=False)[1], expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "rope", "norm": "rms_norm", "n_kv_head": 1}])
+def test_packed_examples_do_not_see_each_other(tokenizer, changes):
+    """In one row: logits, loss and every gradient are those of rows of their own; and a neighbour's words change nothing."""
+    model, template = _gpt(tokenizer.n_vocab, **changes), Template(tokenizer)
+    questions = ["2 + 2?", "what is the colour of the sky?", "x"]
+    made = [template.example((Message("user", q), Message("assistant", f"{q} blue")), 48) for q in questions]
+    inputs, targets, lengths = packed(made)
+    assert inputs.shape == targets.shape == (1, sum(lengths))
+    row = model(inputs, all_logits=True, lengths=lengths)[0][0]
+    for (ids, _), part in zip(made, row.split(lengths), strict=True):
+        torch.testing.assert_close(part, model(torch.tensor([ids]), all_logits=True)[0][0], rtol=1e-5, atol=1e-6)
+    gradients, losses = [], []
+    for arguments in ({"lengths": lengths}, {}):
+        model.zero_grad()
+        batch = (inputs, targets) if arguments else batch_of(made)
+        loss = model(*batch, need_logits=False, **arguments)[1]
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*losses)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    changed = inputs.clone()
+    changed[0, : lengths[0]] = 5
+    again = model(changed, all_logits=True, lengths=lengths)[0][0]
+    assert torch.equal(again[lengths[0] :], row[lengths[0] :])
+
+
+def test_lengths_that_do_not_fit_are_refused(tokenizer):
+    model = _gpt(tokenizer.n_vocab)
+    row = torch.zeros(1, 60, dtype=torch.int64)
+    assert model(row, all_logits=True, lengths=[48, 12])[0].shape == (1, 60, tokenizer.n_vocab)
+    for lengths, idx in (([49, 11], row), ([48, 13], row), ([60, 0], row), ([], row), ([48, 12], row.expand(2, 60))):
+        with pytest.raises(
+            ValueError, match=r"lengths: got .*; accepted: lengths from 1 to block_size = 48 that sum to T"
+        ):
+            model(idx, lengths=lengths)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -170,7 +209,7 @@ def _finetune(base, out, *more):
     return cli.main([str(part) for part in arguments])
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora-rank", "8"]])
+@pytest.mark.parametrize("lora", [[], ["--packing", "true"], ["--lora-rank", "8"]])
 def test_answers_are_learned_and_said(base, tmp_path, monkeypatch, capsys, lora):
     assert _finetune(base, tmp_path / "run", *lora) == 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -180,7 +219,7 @@ def test_answers_are_learned_and_said(base, tmp_path, monkeypatch, capsys, lora)
     monkeypatch.setattr("sys.stdin", io.StringIO(questions))
     assert cli.main(["chat", str(tmp_path / "run"), "--temperature", "0", "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out == "blue\ngreen\n"
-    if lora:
+    if "--lora-rank" in lora:
         again = load_model(tmp_path / "run/base.safetensors")
         load_adapter(again, tmp_path / "run/adapter")
         idx = torch.arange(20).view(2, 10)

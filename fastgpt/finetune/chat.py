@@ -6,8 +6,10 @@ The four marks are special tokens added to the tokenizer, with rows of their own
 rows. What people write is encoded as ordinary text, so that nobody can write a mark. Loss counts on an answer's tokens and the
 <|end|> after it; every other target is -100.
 
-Every example has a row of its own: no token sees another example. Batches hold rows of like length, padded on the right where causal
-attention does not see the padding, so that little is wasted (fastgpt.finetune.loop). An example's loss is the same in every batch.
+No token sees another example. Packed, the examples of a batch stand one after the other in one row and attention works on each alone
+(variable-length attention: `lengths` of GPT.forward), so that nothing is computed for padding. Not packed, every example has a row of
+its own, in batches of like length, padded on the right where causal attention does not see the padding (fastgpt.finetune.loop). Either
+way an example's loss is the same in every batch.
 """
 
 import dataclasses
@@ -131,6 +133,18 @@ def batch_of(examples: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Ten
     return pad([inputs for inputs, _ in examples], 0), pad([targets for _, targets in examples], IGNORED)
 
 
+def packed(examples: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """(inputs, targets, lengths): all examples one after the other, (1, T) int64 each, and the tokens of each.
+
+    Example:
+        >>> packed([([1, 2], [2, 3]), ([4], [5])])[2]
+        [2, 1]
+    """
+    inputs = torch.tensor([[id for ids, _ in examples for id in ids]])
+    targets = torch.tensor([[id for _, ids in examples for id in ids]])
+    return inputs, targets, [len(ids) for ids, _ in examples]
+
+
 def train_chat(
     model: GPT,
     tokenizer: Tokenizer,
@@ -141,6 +155,7 @@ def train_chat(
     val_fraction: float = 0.1,
     split_seed: int = 1337,
     lora: dict[str, Any] | None = None,
+    packing: bool = False,
     dtype: torch.dtype = torch.float32,
     base: str | None = None,
     say: Callable[[str], None] = print,
@@ -155,6 +170,7 @@ def train_chat(
         recipe: epochs, rates, batch.
         val_fraction, split_seed: how many conversations are held out, and which.
         lora: None trains all weights; else rank, alpha and dropout, and train_whole: modules that are trained whole.
+        packing: whether the examples of a batch stand in one row without padding, or each in one of its own: the same losses.
         dtype: as `fit`.
         base: what adapter_config.json calls the model.
         say: receives lines for the user.
@@ -190,18 +206,20 @@ def train_chat(
         )
     device = model.device
 
-    def batch_loss(batch: list[int]) -> torch.Tensor:
-        inputs, targets = batch_of([train[number] for number in batch])
-        _, loss = model(inputs.to(device), targets.to(device), need_logits=False)
+    def mean_loss(chosen: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
+        inputs, targets, sizes = packed(chosen) if packing else (*batch_of(chosen), None)
+        _, loss = model(inputs.to(device), targets.to(device), need_logits=False, lengths=sizes)
         return loss
+
+    def batch_loss(batch: list[int]) -> torch.Tensor:
+        return mean_loss([train[number] for number in batch])
 
     def evaluate() -> dict[str, float]:
         total, count = 0.0, 0
         for batch in in_order(val_lengths, recipe.batch_size):
-            inputs, targets = batch_of([val[number] for number in batch])
-            _, loss = model(inputs.to(device), targets.to(device), need_logits=False)
-            n_answers = int((targets != IGNORED).sum())
-            total, count = total + loss.item() * n_answers, count + n_answers
+            chosen = [val[number] for number in batch]
+            n_answers = sum(target != IGNORED for _, targets in chosen for target in targets)
+            total, count = total + mean_loss(chosen).item() * n_answers, count + n_answers
         return {"val_loss": total / count}
 
     best = {"val_loss": math.inf}

@@ -181,6 +181,7 @@ def _finetune_chat(run: str, data: Path, out: str | None, options: Options) -> i
         val_fraction=options.val_fraction,
         split_seed=options.split_seed,
         lora=lora,
+        packing=options.packing,
         dtype=dtype,
         base="base.safetensors",
         say=_say,

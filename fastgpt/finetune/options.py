@@ -39,6 +39,9 @@ class Options:
     )
     lora_alpha: float = option(16.0, "LoRA's scale: updates count alpha / rank times", above=0.0)
     lora_dropout: float = option(0.0, "dropout before the low-rank updates", at_least=0.0, below=1.0)
+    packing: bool = option(
+        False, "conversations of a batch in one row without padding, none seeing another (false: a padded row each)"
+    )
     epochs: int = option(3, "passes over the training examples", at_least=1)
     batch_size: int = option(16, "examples a step", at_least=1)
     learning_rate: float = option(5e-4, "peak learning rate", above=0.0)

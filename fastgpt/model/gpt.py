@@ -51,6 +51,11 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def _positions(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """0 to n - 1 for each n of lengths, one after the other, (sum of lengths,) int64."""
+    return torch.cat([torch.arange(n, device=device) for n in lengths])
+
+
 def _norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     """One norm of the residual stream."""
     if config.norm == "rms_norm":
@@ -84,10 +89,11 @@ class Block(torch.nn.Module):
         x: torch.Tensor,
         cache: LayerCache | None = None,
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        if cache is None and rope is None and covers(x) and self._is_whole():
+        if cache is None and rope is None and lengths is None and covers(x) and self._is_whole():
             return self._in_one_call(x)
-        x = x + self.attn(self.ln_1(x), cache, rope)  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), cache, rope, lengths)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
     def _is_whole(self) -> bool:
@@ -163,6 +169,7 @@ class GPT(torch.nn.Module):
         *,
         all_logits: bool = False,
         need_logits: bool = True,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits, and with targets the mean cross-entropy.
 
@@ -173,6 +180,8 @@ class GPT(torch.nn.Module):
                 to it.
             all_logits: without targets, return the logits of every position rather than of the last one only.
 
+            lengths: of several sequences that stand one after the other in idx, (1, T) with T their sum, each at most block_size: each
+                begins at position 0 and attends to itself only, as if it had a row of its own, and no padding is computed.
             need_logits: with targets, False leaves the logits out (None): loss and gradients are then made a part of them
                 at a time (ops.linear_cross_entropy), in less memory and time. For training and evaluation.
 
@@ -182,12 +191,13 @@ class GPT(torch.nn.Module):
             under autocast.
 
         Raises:
-            ValueError: idx is not (B, T) with T >= 1, or its end lies beyond block_size, or targets have another shape.
+            ValueError: idx is not (B, T) with T >= 1, or its end lies beyond block_size, or targets have another shape, or lengths do
+                not fit.
             IndexError: a token id that is negative or not below vocab_size (raised by torch, on the CPU).
         """
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted: that of idx, {tuple(idx.shape)}")
-        x = self._residual(idx, cache)  # (B, T, C)
+        x = self._residual(idx, cache, lengths)  # (B, T, C)
         if targets is None and not all_logits:
             x = x[:, -1:]  # (B, 1, C): the head is most of a small model's work
         x = self.ln_f(x)
@@ -207,27 +217,43 @@ class GPT(torch.nn.Module):
         """
         return self.ln_f(self._residual(idx, None))
 
-    def _residual(self, idx: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    def _check_lengths(self, idx: torch.Tensor, cache: Cache | None, lengths: Sequence[int]) -> None:
+        block_size, good = self.config.block_size, bool(lengths) and min(lengths) > 0
+        if (
+            cache is not None
+            or idx.shape[0] != 1
+            or not good
+            or sum(lengths) != idx.shape[1]
+            or max(lengths) > block_size
+        ):
+            raise ValueError(
+                f"lengths: got {list(lengths)} for idx {tuple(idx.shape)}{' and a cache' if cache is not None else ''}; accepted: "
+                f"lengths from 1 to block_size = {block_size} that sum to T of an idx (1, T), and no cache"
+            )
+
+    def _residual(self, idx: torch.Tensor, cache: Cache | None, lengths: Sequence[int] | None = None) -> torch.Tensor:
         """The residual stream (B, T, C) after the last block."""
         if idx.dim() != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx: got shape {tuple(idx.shape)}; accepted: (B, T) with T of at least 1")
         T = idx.shape[1]
         start = 0 if cache is None else cache.length
-        if start + T > self.config.block_size:
+        if lengths is not None:
+            self._check_lengths(idx, cache, lengths)
+        elif start + T > self.config.block_size:
             cached = f" after {start} cached" if start else ""
             raise ValueError(f"idx: got {T} tokens{cached}; accepted: at most block_size = {self.config.block_size}")
 
         x = self.wte(idx)  # (B, T, C)
         if self._rope is None:
-            x = x + self.wpe.weight[start : start + T]  # (B, T, C) + (T, C)
-        rope = self._turns(start, T)
+            apart = None if lengths is None else _positions(lengths, idx.device)
+            x = x + (self.wpe.weight[start : start + T] if apart is None else self.wpe(apart))  # (B, T, C) + (T, C)
+        rope = self._turns(start, T, lengths)
         x = ops.dropout(x, self.config.dropout, self.training)
         if cache is None:
             again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
             for block in self.h:
-                x = (
-                    checkpoint(block, x, None, rope, use_reentrant=False) if again else block(x, None, rope)
-                )  # (B, T, C)
+                inputs = (x, None, rope, lengths)
+                x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)  # (B, T, C)
         else:
             for block, layer_cache in zip(self.h, cache.layers, strict=True):
                 x = block(x, layer_cache, rope)  # (B, T, C)
@@ -272,13 +298,19 @@ class GPT(torch.nn.Module):
 
         save_huggingface(self, folder, tokenizer)
 
-    def _turns(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(cos, sin) of positions start to start + length, (length, D / 2) each; None where positions are learned."""
+    def _turns(
+        self, start: int, length: int, lengths: Sequence[int] | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(cos, sin) of positions start to start + length, or of those of each sequence of lengths, (length, D / 2) each; None where
+        positions are learned."""
         if self._rope is None:
             return None
         if self._rope[0].device != self.device:
             self._rope = (self._rope[0].to(self.device), self._rope[1].to(self.device))
         cos, sin = self._rope
+        if lengths is not None:
+            positions = _positions(lengths, self.device)
+            return cos[positions], sin[positions]
         return cos[start : start + length], sin[start : start + length]
 
     @property

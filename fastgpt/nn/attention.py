@@ -5,9 +5,13 @@ the keys and values of head h // (n_head / n_kv_head). One projection makes quer
 `ops.attention` never stores the T x T matrix. Positions may be rotary (`rope` of forward, arXiv:2104.09864): queries and keys
 turn before the keys are cached.
 
+Sequences of several lengths may stand one after the other in one row (`lengths` of forward): each attends to itself only, and nothing
+is computed for padding.
+
 Dropout acts on the layer's output only: none of the attention probabilities are dropped here, which `ops.attention` could do.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -41,6 +45,8 @@ class CausalSelfAttention(torch.nn.Module):
         cached 2, new 2:    k0 k1 k2 k3
                         q2   x  x  x
                         q3   x  x  x  x
+
+    With `lengths`, which sum to T, x is (1, T, C) and holds that many sequences one after the other; there is no cache then.
 
     Where positions are rotary, forward takes `rope`: (cos, sin) of the T new ones as `ops.rope_tables` makes them, (T, D / 2) each.
 
@@ -83,6 +89,7 @@ class CausalSelfAttention(torch.nn.Module):
         x: torch.Tensor,
         cache: LayerCache | None = None,
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
         B, T, C = x.shape
         # One split of the heads' dimension: its backward is a single concatenation, where three slices would each fill
@@ -97,7 +104,11 @@ class CausalSelfAttention(torch.nn.Module):
             q, k = ops.rope(turning, *rope).split(self.heads[:2], dim=1)  # one pass over both
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, T_all, D)
-        y = ops.attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        if lengths is None:
+            y = ops.attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        else:
+            parts = zip(*(part.split(list(lengths), dim=2) for part in (q, k, v)), strict=True)
+            y = torch.cat([ops.attention(*part, is_causal=True) for part in parts], dim=2)  # (1, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return ops.dropout(y, self.dropout, self.training)
 
