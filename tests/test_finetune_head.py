@@ -141,14 +141,14 @@ def classes(base, tmp_path_factory):
     """A fine-tuned run: texts of label "bird" hold that word."""
     folder = tmp_path_factory.mktemp("classes")
     generator = random.Random(5)
-    lines = [f"{label}\t{_words(generator, label, 8)} {label} {label}" for label in ("hat", "bird", "hat") * 80]
+    lines = [f"{label}\t{_words(generator, label, 8)} {label} {label}" for label in ("hat", "bird", "hat") * 240]
     (folder / "data.tsv").write_bytes("\r\n".join(lines).encode())  # Windows line ends
     arguments = "finetune", base, "--task", "classify", "--data", folder / "data.tsv", "--out", folder / "run"
     code = cli.main(
         [
             *map(str, arguments),
             "--epochs",
-            "14",
+            "6",
             "--batch-size",
             "8",
             "--learning-rate",
@@ -165,9 +165,10 @@ def classes(base, tmp_path_factory):
 
 def test_classes_are_learned_and_measured(classes):
     lines = [json.loads(line) for line in (classes / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 14
-    assert lines[-1]["val_accuracy"] > 0.85  # always "hat" has 0.67
-    assert lines[-1]["val_f1"] > 0.8  # and 0
+    assert len(lines) == 6
+    # Of eight pairs of seeds the lowest were 0.993 and 0.989; always "hat" has 0.67 and 0.
+    assert lines[-1]["val_accuracy"] >= 0.97
+    assert lines[-1]["val_f1"] >= 0.95
     assert lines[0]["train_loss"] > 2 * lines[-1]["train_loss"]
     summary = json.loads((classes / "summary.json").read_text())
     assert summary["accuracy"] == lines[-1]["val_accuracy"]
