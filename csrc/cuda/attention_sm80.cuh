@@ -10,7 +10,6 @@
 #pragma once
 
 #include "cuda/attention_tiles.cuh"
-#include "cuda/launch.cuh"
 
 namespace fastgpt::attention {
 
@@ -159,8 +158,9 @@ __global__ void __launch_bounds__(Sm80Forward<kDim>::kThreads) attention_fwd_sm8
 template <class T, int kDim>
 void launch_attention_fwd_sm80(const Params& p, cudaStream_t stream) {
   using Shape = Sm80Forward<kDim>;
-  launch(attention_fwd_sm80_kernel<T, kDim>, dim3((p.queries + Shape::BLOCK_M - 1) / Shape::BLOCK_M, p.heads, p.batch),
-         dim3(Shape::kThreads), Shape::kSharedBytes, stream, p);
+  launch_large(attention_fwd_sm80_kernel<T, kDim>,
+               dim3((p.queries + Shape::BLOCK_M - 1) / Shape::BLOCK_M, p.heads, p.batch), dim3(Shape::kThreads),
+               Shape::kSharedBytes, stream, p);
 }
 
 // Raises std::invalid_argument for what the kernel does not cover, before anything is launched.

@@ -11,7 +11,6 @@
 #pragma once
 
 #include "cuda/attention_tiles.cuh"
-#include "cuda/launch.cuh"
 
 namespace fastgpt::attention {
 
@@ -222,10 +221,10 @@ void launch_attention_bwd_sm80(const Params& p, cudaStream_t stream) {
   using Shape = Sm80Backward<kDim>;
   constexpr int kRows = Shape::BLOCK_ROWS;
   launch(attention_delta_kernel<T>, dim3((p.queries + 3) / 4, p.heads, p.batch), dim3(128), 0, stream, p);
-  launch(attention_bwd_kv_sm80_kernel<T, kDim>, dim3((p.keys + kRows - 1) / kRows, p.kv_heads, p.batch),
-         dim3(Shape::kThreads), Shape::kSharedBytes, stream, p);
-  launch(attention_bwd_q_sm80_kernel<T, kDim>, dim3((p.queries + kRows - 1) / kRows, p.heads, p.batch),
-         dim3(Shape::kThreads), Shape::kSharedBytes, stream, p);
+  launch_large(attention_bwd_kv_sm80_kernel<T, kDim>, dim3((p.keys + kRows - 1) / kRows, p.kv_heads, p.batch),
+               dim3(Shape::kThreads), Shape::kSharedBytes, stream, p);
+  launch_large(attention_bwd_q_sm80_kernel<T, kDim>, dim3((p.queries + kRows - 1) / kRows, p.heads, p.batch),
+               dim3(Shape::kThreads), Shape::kSharedBytes, stream, p);
 }
 
 // Raises std::invalid_argument for what the kernels do not cover, before anything is launched.

@@ -15,7 +15,6 @@
 #include "cuda/attention_schedule.cuh"
 #include "cuda/attention_tiles.cuh"
 #include "cuda/hopper.cuh"
-#include "cuda/launch.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace fastgpt::attention {
@@ -288,11 +287,11 @@ void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_
   const int64_t bytes_of_keys = static_cast<int64_t>(p.keys) * kDim * 4;
   const Schedule schedule = longest_first(blocks, p.heads, p.batch, bytes_of_keys, group);
   const int count = schedule.count();
-  launch(attention_fwd_sm90_kernel<T, kDim>, dim3(count < multiprocessors ? count : multiprocessors),
-         dim3(Shape::kThreads), Shape::kSharedBytes, stream,
-         map("query", p.query, p.query_stride, p.queries, p.heads, Shape::BLOCK_M),
-         map("key", p.key, p.key_stride, p.keys, p.kv_heads, Shape::BLOCK_N),
-         map("value", p.value, p.value_stride, p.keys, p.kv_heads, Shape::BLOCK_N), p, schedule);
+  launch_large(attention_fwd_sm90_kernel<T, kDim>, dim3(count < multiprocessors ? count : multiprocessors),
+               dim3(Shape::kThreads), Shape::kSharedBytes, stream,
+               map("query", p.query, p.query_stride, p.queries, p.heads, Shape::BLOCK_M),
+               map("key", p.key, p.key_stride, p.keys, p.kv_heads, Shape::BLOCK_N),
+               map("value", p.value, p.value_stride, p.keys, p.kv_heads, Shape::BLOCK_N), p, schedule);
 }
 
 // Raises std::invalid_argument for what the kernel does not cover, before anything is launched.

@@ -218,12 +218,12 @@ void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
   const auto key = [&](int rows) { return map("key", p.key, p.key_stride, p.keys, p.kv_heads, rows); };
   const auto value = [&](int rows) { return map("value", p.value, p.value_stride, p.keys, p.kv_heads, rows); };
   launch(attention_delta_kernel<T>, dim3((p.queries + 3) / 4, p.heads, p.batch), dim3(128), 0, stream, p);
-  launch(attention_bwd_sm90_kernel<T, kDim, true>, dim3((p.keys + kRows - 1) / kRows, p.kv_heads, p.batch),
-         dim3(Shape::kThreads), Shape::kSharedBytes, stream, key(kRows), value(kRows), query(kColumns), grad(kColumns),
-         p);
-  launch(attention_bwd_sm90_kernel<T, kDim, false>, dim3((p.queries + kRows - 1) / kRows, p.heads, p.batch),
-         dim3(Shape::kThreads), Shape::kSharedBytes, stream, query(kRows), grad(kRows), key(kColumns), value(kColumns),
-         p);
+  launch_large(attention_bwd_sm90_kernel<T, kDim, true>, dim3((p.keys + kRows - 1) / kRows, p.kv_heads, p.batch),
+               dim3(Shape::kThreads), Shape::kSharedBytes, stream, key(kRows), value(kRows), query(kColumns),
+               grad(kColumns), p);
+  launch_large(attention_bwd_sm90_kernel<T, kDim, false>, dim3((p.queries + kRows - 1) / kRows, p.heads, p.batch),
+               dim3(Shape::kThreads), Shape::kSharedBytes, stream, query(kRows), grad(kRows), key(kColumns),
+               value(kColumns), p);
 }
 
 // Raises std::invalid_argument for what the kernels do not cover, before anything is launched.

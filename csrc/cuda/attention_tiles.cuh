@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 
 namespace fastgpt::attention {
@@ -66,6 +67,17 @@ inline void check_backward(const Params& p) {
   check_rows("grad_query", p.grad_query, p.grad_query_stride);
   check_rows("grad_key", p.grad_key, p.grad_key_stride);
   check_rows("grad_value", p.grad_value, p.grad_value_stride);
+}
+
+// A launch that may take more than 48 KB of shared memory, which a kernel has to be allowed first.
+template <class... P, class... A>
+void launch_large(void (*kernel)(P...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream, A... arguments) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) {
+    throw std::runtime_error("attention: " + std::to_string(shared_bytes) +
+                             " bytes of shared memory: " + cudaGetErrorString(error));
+  }
+  launch(kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 // Byte of 16-byte chunk `chunk` of row `row` in a tile of rows of kDim halves. The chunks of a row are permuted so that

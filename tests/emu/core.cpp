@@ -316,6 +316,18 @@ void run_block() {
 
 int planted = 0;
 
+namespace {
+std::map<const void*, size_t> allowed;
+}
+
+void allow_shared(const void* kernel, size_t bytes) { allowed[kernel] = bytes; }
+
+void check_shared(const void* kernel, size_t bytes) {
+  if (bytes > 48 * 1024 && bytes > allowed[kernel]) {
+    throw Error(std::to_string(bytes) + " bytes of shared memory, and no cudaFuncSetAttribute that allows them");
+  }
+}
+
 uint64_t random_below(uint64_t bound) {  // splitmix64
   uint64_t z = (g.seed += 0x9E3779B97F4A7C15u);
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;

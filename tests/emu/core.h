@@ -39,6 +39,9 @@ struct Thread {
 
 void configure(Schedule schedule, Completion completion, uint64_t seed);
 void run(Index grid, Index block, size_t shared_bytes, void (*body)(void*), void* closure);
+// 48 KB a launch, and more where the kernel was allowed it.
+void allow_shared(const void* kernel, size_t bytes);
+void check_shared(const void* kernel, size_t bytes);
 extern int planted;  // the number of the planted bug that is switched on; 0 is none
 
 // ---- of a thread

@@ -262,6 +262,13 @@ constexpr auto max(T a, U b) -> std::common_type_t<T, U> {
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), int, int bytes) {
+  emu::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of CUDA"; }
 
 // ---- shared memory: what build.py makes of the two kinds of declaration
 
