@@ -7,10 +7,16 @@ Environment:
     CXX                  the C++ compiler (default g++); must accept GCC's flags
     FASTGPT_CXXFLAGS     appended to every compile line (e.g. "-Werror", "-fsanitize=address,undefined")
     FASTGPT_LDFLAGS      appended to every link line
+    FASTGPT_CUDA         auto (default): build fastgpt._cuda where nvcc is found and works, go on without it where not; 0: never;
+                         1: required, the install fails without it
+    CUDA_HOME            the toolkit whose bin/nvcc is used (default: nvcc on the PATH)
+    FASTGPT_CUDA_ARCH    the chips to compile for (default "80 90a 100a"; the first one's PTX serves newer chips)
 """
 
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,19 +29,71 @@ ROOT = Path(__file__).resolve().parent
 COMPILE_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -pthread"
 LINK_FLAGS = "-shared -pthread -Wl,-z,relro,-z,now"
 
+# Warnings of ptxas (spilled registers, serialised wgmma) do not stop a user's install; csrc/cuda/check.py fails on them.
+NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+
 # module -> (folders of sources, extra compile flags, extra link flags)
-MODULES = {
+MODULES: dict[str, tuple[list[str], str, str]] = {
     "fastgpt._bpe": (["csrc/bpe", "csrc/python/bpe.cpp"], "", ""),
     "fastgpt._cpu": (["csrc/cpu", "csrc/python/cpu.cpp"], "-fopenmp -ffp-contract=off", "-fopenmp"),
 }
 
 
+def find_nvcc() -> tuple[str, Path] | str:
+    """nvcc and the toolkit's root, which nvcc itself names (on the PATH may lie a link or a script); or why there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if nvcc is None:
+        return f"no nvcc in {home}/bin" if home else "no nvcc on the PATH"
+    # A compile that produces nothing: it also says whether nvcc likes the C++ compiler that is here.
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
+    root = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    if plan.returncode != 0 or root is None:
+        return f"{nvcc} does not work: {(plan.stderr.strip() or 'no output').splitlines()[-1]}"
+    return nvcc, Path(root[1].strip()).resolve()
+
+
+def cuda_wanted() -> str:
+    """FASTGPT_CUDA, checked."""
+    wanted = os.environ.get("FASTGPT_CUDA") or "auto"
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"fastgpt: FASTGPT_CUDA is {wanted!r}, expected 0, 1 or auto")
+    return wanted
+
+
+WANTED = cuda_wanted()
+NVCC = find_nvcc() if WANTED != "0" else "FASTGPT_CUDA=0"
+if isinstance(NVCC, str):
+    if WANTED == "1":
+        sys.exit(f"fastgpt: FASTGPT_CUDA=1 asks for the CUDA kernels, but there is {NVCC}")
+    print(f"fastgpt: built without the CUDA kernels: {NVCC}", file=sys.stderr)
+else:
+    library = next(
+        (d for d in ("lib64", "targets/x86_64-linux/lib", "lib") if (NVCC[1] / d / "libcudart_static.a").exists()),
+        "lib64",
+    )
+    MODULES["fastgpt._cuda"] = (
+        ["csrc/cuda", "csrc/python/cuda.cpp"],
+        "",
+        f"{shlex.quote(str(NVCC[1] / library / 'libcudart_static.a'))} -ldl -lrt",
+    )
+
+
+def device_code() -> str:
+    """nvcc's flags for machine code of every architecture, and PTX of the first for chips that are newer than all."""
+    names = (os.environ.get("FASTGPT_CUDA_ARCH") or "80 90a 100a").split()
+    if not names or not all(re.fullmatch(r"\d+[af]?", name) for name in names):
+        sys.exit(f"fastgpt: FASTGPT_CUDA_ARCH is {' '.join(names)!r}, expected numbers such as '80 90a 100a'")
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return " ".join([*codes, f"-gencode=arch=compute_{names[0]},code=compute_{names[0]}"])
+
+
 def sources(places: list[str]) -> list[str]:
-    """Every .cpp of the given folders and files, as paths relative to the root, sorted."""
+    """Every .cpp and .cu of the given folders and files, as paths relative to the root, sorted."""
     found = []
     for place in places:
         path = ROOT / place
-        files = sorted(path.glob("*.cpp")) if path.is_dir() else [path]
+        files = sorted([*path.glob("*.cpp"), *path.glob("*.cu")]) if path.is_dir() else [path]
         found += [str(file.relative_to(ROOT)) for file in files]
     return found
 
@@ -63,8 +121,15 @@ class NinjaBuild(build_ext):
             f"extra_cflags = {os.environ.get('FASTGPT_CXXFLAGS', '')}",
             f"ldflags = {LINK_FLAGS}",
             f"extra_ldflags = {os.environ.get('FASTGPT_LDFLAGS', '')}",
+            f"nvcc = {NVCC if isinstance(NVCC, str) else shlex.quote(NVCC[0])}",
+            f"nvccflags = {NVCC_FLAGS} {device_code()} -ccbin $cxx {include_flags}",
             "rule compile",
             "  command = $cxx $cflags $flags $extra_cflags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in",
+            "rule compile_device",
+            "  command = $nvcc $nvccflags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
@@ -72,33 +137,47 @@ class NinjaBuild(build_ext):
             "  command = $cxx $in -o $out $ldflags $flags $extra_ldflags",
             "  description = link $out",
         ]
-        targets = []
+        targets: dict[str, Path] = {}
         for extension in self.extensions:
             places, compile_flags, link_flags = MODULES[extension.name]
             objects = []
             for source in sources(places):
                 target = build_dir / extension.name / f"{source}.o"
-                lines += [f"build {escape(target)}: compile {escape(ROOT / source)}", f"  flags = {compile_flags}"]
+                rule = "compile_device" if source.endswith(".cu") else "compile"
+                lines += [f"build {escape(target)}: {rule} {escape(ROOT / source)}", f"  flags = {compile_flags}"]
                 objects.append(escape(target))
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             lines += [f"build {escape(target)}: link {' '.join(objects)}", f"  flags = {link_flags}"]
-            targets.append(escape(target))
-        lines.append(f"default {' '.join(targets)}")
+            targets[extension.name] = target
+        lines.append(f"default {' '.join(map(escape, targets.values()))}")
         (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
 
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(build_dir)]
         if self.verbose:
             command.append("-v")
-        try:
-            subprocess.run(command, check=True)
-        except subprocess.CalledProcessError as error:
+        # All at once, so that no core waits; where that fails, the rest is built without what is optional.
+        if subprocess.run([*command, "-k", "0"]).returncode == 0:
+            return
+        optional = [extension for extension in self.extensions if extension.optional]
+        required = [str(targets[extension.name]) for extension in self.extensions if not extension.optional]
+        done = subprocess.run([*command, *required])
+        if done.returncode != 0:
             sys.exit(
-                f"fastgpt: the C++ extensions did not compile (ninja exit code {error.returncode}); see the lines above"
+                f"fastgpt: the C++ extensions did not compile (ninja exit code {done.returncode}); see the lines above"
             )
+        for extension in optional:
+            if not targets[extension.name].exists():
+                print(
+                    f"fastgpt: {extension.name} did not compile and is left out; see the lines above", file=sys.stderr
+                )
+                self.extensions.remove(extension)
 
 
 setup(
-    ext_modules=[Extension(name, sources(places)) for name, (places, _, _) in MODULES.items()],
+    ext_modules=[
+        Extension(name, sources(places), optional=name == "fastgpt._cuda" and WANTED == "auto")
+        for name, (places, _, _) in MODULES.items()
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -12,6 +12,9 @@
 
 namespace fastgpt::ptx {
 
+// No instruction: what is computed from `x` before and after this are two different things to the compiler.
+__device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // 9.7.9.19 cvta: the shared window's address of a generic pointer.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

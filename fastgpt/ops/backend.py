@@ -7,8 +7,9 @@ schema, a fake implementation, an autograd rule and one implementation an engine
 
 and, where nothing but the engine would look at it (plain tensors, no mode, compiler or profiler), past torch's dispatcher: see `Op`.
 
-Engines in order: on CPU tensors `cpu` (C++ SIMD), then `reference` (the formula in torch); on CUDA tensors `triton`, then `reference`;
-on every other device `reference`. `triton` runs on CPU tensors too, where it is forced and TRITON_INTERPRET=1 is set.
+Engines in order: on CPU tensors `cpu` (C++ SIMD), then `reference` (the formula in torch); on CUDA tensors `cuda` (C++ kernels), then
+`triton`, then `reference`; on every other device `reference`. A kernel of `cuda` that has never run on a GPU is not chosen unless it is
+asked for: see fastgpt/ops/cuda.py. `triton` runs on CPU tensors too, where it is forced and TRITON_INTERPRET=1 is set.
 `FASTGPT_BACKEND=<engine>`, `set_backend` or the context `use_backend` force one: an engine that is forced and not there, or that does
 not cover the input, raises. Without force an input that an engine does not cover goes to the next one, and this is logged once.
 """
@@ -26,8 +27,8 @@ import torch
 
 logger = logging.getLogger("fastgpt")
 
-ENGINES = ("triton", "cpu", "reference")
-_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+ENGINES = ("cuda", "triton", "cpu", "reference")
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _ORDER_ELSEWHERE: tuple[str, ...] = ("reference",)
 _KEYS = ("CPU", "CUDA", "XPU", "MPS")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -55,11 +56,24 @@ def unavailable(engine: str) -> str | None:
             importlib.import_module("fastgpt.ops.cpu")
         except (ImportError, ValueError) as error:
             return f"the extension fastgpt._cpu does not load: {error}"
+    if engine == "cuda":
+        from fastgpt.ops import cuda
+
+        return cuda.unavailable()
     if engine == "triton":
         from fastgpt.ops import triton
 
         return triton.unavailable()
     return None
+
+
+def _held_back(op: str, engine: str) -> str | None:
+    """Why an engine that is there and has the op is not chosen for it without force, or None."""
+    if engine != "cuda":
+        return None
+    from fastgpt.ops import cuda
+
+    return cuda.held_back(op)
 
 
 def set_backend(name: str | None) -> None:
@@ -107,7 +121,7 @@ def engine_of(op: str, device: str = "cpu") -> tuple[str, dict[str, str]]:
     for engine in _ORDER.get(device, _ORDER_ELSEWHERE):
         if engine not in _implementations[op]:
             refused[engine] = "has no such op"
-        elif reason := unavailable(engine):
+        elif reason := unavailable(engine) or _held_back(op, engine):
             refused[engine] = reason
         else:
             return engine, refused
@@ -144,7 +158,7 @@ def _run(op: str, *args: Any, **kwargs: Any) -> Any:
     first = args[0][0] if isinstance(args[0], list) else args[0]
     for engine in _ORDER.get(first.device.type, _ORDER_ELSEWHERE):
         implementation = table.get(engine)
-        if implementation is None or unavailable(engine):
+        if implementation is None or unavailable(engine) or _held_back(op, engine):
             continue
         try:
             return implementation(*args, **kwargs)
@@ -263,5 +277,6 @@ def _autocast(op: torch._ops.OpOverload, key: str, *args: Any) -> Any:
 
 def start() -> None:
     """Apply FASTGPT_BACKEND; called once when fastgpt.ops has registered its ops."""
+    importlib.import_module("fastgpt.ops.cuda")  # registers the engine; the kernels are loaded at its first use
     importlib.import_module("fastgpt.ops.triton")  # registers the engine; triton itself is imported at its first use
     set_backend(os.environ.get("FASTGPT_BACKEND"))

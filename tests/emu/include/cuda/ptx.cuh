@@ -5,6 +5,8 @@
 
 namespace fastgpt::ptx {
 
+inline void opaque(uint32_t&) {}
+
 inline uint32_t shared_address(const void* pointer) { return emu::shared_address(pointer); }
 
 inline void cp_async_16(uint32_t shared, const void* global, bool valid) {

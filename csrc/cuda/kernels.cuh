@@ -1,0 +1,53 @@
+// What csrc/python/cuda.cpp calls: plain C++, addresses on the device, a stream as an integer. Contiguous tensors.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt::cuda {
+
+enum class Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// CUDA's number of a stream, and a call's stream in every launcher.
+using Stream = std::uintptr_t;
+
+struct SoftmaxArgs {
+  const void* x;      // backward: the gradient
+  const void* y_in;   // backward: the result of the forward
+  void* y;            // backward: dx
+  const float* mask;  // added, or null; elements of a row lie side by side
+  int64_t mask_stride[3];
+  int64_t batch, heads, queries, cols;
+  float scale;
+  bool causal, log;
+};
+void softmax(Type type, const SoftmaxArgs& a, Stream stream);
+void softmax_backward(Type type, const SoftmaxArgs& a, Stream stream);
+
+// The same numbers as fastgpt.ops.bias_activation.KINDS.
+enum class Activation : int { kRelu, kSigmoid, kTanh, kGelu, kGeluTanh, kSilu };
+
+struct ActivationArgs {
+  const void* x;     // backward: the gradient
+  const void* kept;  // backward: the result for relu, sigmoid and tanh, the input for the others
+  void* y;
+  int64_t n;
+  Activation kind;
+};
+void activation(Type type, const ActivationArgs& a, Stream stream);
+void activation_backward(Type type, const ActivationArgs& a, Stream stream);
+
+struct DropoutArgs {
+  const void* x;
+  const void* residual;  // or null
+  void* y;
+  int64_t n;
+  const int64_t* seed;  // on the device, so that nothing waits for it
+  uint32_t threshold;
+  float scale;
+};
+void dropout(Type x_type, Type type, const DropoutArgs& a, Stream stream);
+
+// Driver's and runtime's words on why there is no device, or null.
+const char* why_no_device();
+
+}  // namespace fastgpt::cuda

@@ -1,0 +1,108 @@
+// What kernels over rows share: a row in the registers of a warp or a block, read once, and sums over those threads.
+//
+// Row<T, kThreads, kVectors> keeps kVectors accesses of 16 bytes a thread as they are in memory, so a bf16 row of 8,192
+// columns costs a block of 256 threads 16 registers each. A row that is too wide or not aligned is read again from the
+// caches instead, element by element.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/dtype.cuh"
+#include "cuda/ptx.cuh"
+
+namespace fastgpt {
+
+struct Sum {
+  static __device__ __forceinline__ float none() { return 0.0f; }
+  static __device__ __forceinline__ float join(float a, float b) { return a + b; }
+};
+struct Max {
+  static __device__ __forceinline__ float none() { return -INFINITY; }
+  static __device__ __forceinline__ float join(float a, float b) { return fmaxf(a, b); }
+};
+
+// The same value in every thread of a row: those of a warp for kThreads = 32, else of the block (whole warps).
+template <class Op, int kThreads>
+__device__ __forceinline__ float reduce(float x) {
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) x = Op::join(x, __shfl_xor_sync(0xffffffffu, x, bits));
+  if constexpr (kThreads > 32) {
+    __shared__ float partial[32];
+    const int warps = blockDim.x / 32;
+    __syncthreads();  // the last reduction has been read
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();  // every warp has written
+    x = threadIdx.x % 32 < warps ? partial[threadIdx.x % 32] : Op::none();
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) x = Op::join(x, __shfl_xor_sync(0xffffffffu, x, bits));
+  }
+  return x;
+}
+
+// A row of at most kCapacity columns in registers.
+template <class T, int kThreads, int kVectors>
+struct Row {
+  static constexpr int kElements = kWide<T>;
+  static constexpr int kCapacity = kThreads * kVectors * kElements;
+  Vector<T, kElements> raw[kVectors];
+
+  __device__ __forceinline__ void read(const T* x, int cols) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int column = first(v);
+      if (column < cols) raw[v] = load<kElements>(x + column);
+    }
+  }
+  __device__ __forceinline__ void write(T* y, int cols) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int column = first(v);
+      if (column < cols) store<kElements>(y + column, raw[v]);
+    }
+  }
+  // From here on elements are converted again: their floats, kept from an earlier walk, would take twice the registers.
+  __device__ __forceinline__ void unpacked() {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      uint32_t* words = reinterpret_cast<uint32_t*>(&raw[v]);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) ptx::opaque(words[w]);
+    }
+  }
+  // f(column, the element as float) over the thread's elements.
+  template <class F>
+  __device__ __forceinline__ void each(int cols, const F& f) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (first(v) >= cols) continue;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) f(first(v) + e, to_float(raw[v].v[e]));
+    }
+  }
+  // Replaces each element by f(column, the element, the element of `other`).
+  template <class F>
+  __device__ __forceinline__ void replace(const Row& other, int cols, const F& f) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (first(v) >= cols) continue;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        raw[v].v[e] = from_float<T>(f(first(v) + e, to_float(raw[v].v[e]), to_float(other.raw[v].v[e])));
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int first(int v) {
+    return (v * kThreads + static_cast<int>(threadIdx.x % kThreads)) * kElements;
+  }
+};
+
+// The row a thread works on: a warp each for kThreads = 32, else a block each.
+template <int kThreads>
+__device__ __forceinline__ int64_t row_of_thread() {
+  if constexpr (kThreads == 32) return int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  return blockIdx.x;
+}
+
+}  // namespace fastgpt

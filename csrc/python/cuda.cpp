@@ -1,0 +1,76 @@
+// The module fastgpt._cuda: launchers of csrc/cuda on addresses; shapes and dtypes are checked by fastgpt/ops/cuda.py.
+#include <pybind11/pybind11.h>
+
+#include <array>
+
+#include "cuda/kernels.cuh"
+
+namespace py = pybind11;
+using namespace fastgpt::cuda;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_softmax(int type, Address x, Address y_in, Address y, Address mask, const std::array<int64_t, 3>& mask_stride,
+                  int64_t batch, int64_t heads, int64_t queries, int64_t cols, float scale, bool causal, bool log,
+                  bool backward, Address stream) {
+  const SoftmaxArgs a = {at<void>(x),
+                         at<void>(y_in),
+                         at<void>(y),
+                         at<float>(mask),
+                         {mask_stride[0], mask_stride[1], mask_stride[2]},
+                         batch,
+                         heads,
+                         queries,
+                         cols,
+                         scale,
+                         causal,
+                         log};
+  (backward ? softmax_backward : softmax)(static_cast<Type>(type), a, stream);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels on device addresses. For fastgpt.ops, which checks shapes and dtypes first.";
+  m.def(
+      "why_no_device",
+      []() -> py::object {
+        const char* reason = why_no_device();
+        return reason == nullptr ? py::object(py::none()) : py::object(py::str(reason));
+      },
+      "Why no device can be used, or None where one can.");
+  m.def("softmax", &bind_softmax, py::arg("type"), py::arg("x"), py::arg("y_in"), py::arg("y"), py::arg("mask"),
+        py::arg("mask_stride"), py::arg("batch"), py::arg("heads"), py::arg("queries"), py::arg("cols"),
+        py::arg("scale"), py::arg("causal"), py::arg("log"), py::arg("backward"), py::arg("stream"));
+  m.def(
+      "activation",
+      [](int kind, int type, Address x, Address y, int64_t n, Address stream) {
+        activation(static_cast<Type>(type), {at<void>(x), nullptr, at<void>(y), n, static_cast<Activation>(kind)},
+                   stream);
+      },
+      py::arg("kind"), py::arg("type"), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("stream"));
+  m.def(
+      "activation_backward",
+      [](int kind, int type, Address grad, Address kept, Address dx, int64_t n, Address stream) {
+        activation_backward(static_cast<Type>(type),
+                            {at<void>(grad), at<void>(kept), at<void>(dx), n, static_cast<Activation>(kind)}, stream);
+      },
+      py::arg("kind"), py::arg("type"), py::arg("grad"), py::arg("kept"), py::arg("dx"), py::arg("n"),
+      py::arg("stream"));
+  m.def(
+      "dropout",
+      [](int x_type, int type, Address x, Address residual, Address y, int64_t n, Address seed, uint32_t threshold,
+         float scale, Address stream) {
+        dropout(static_cast<Type>(x_type), static_cast<Type>(type),
+                {at<void>(x), at<void>(residual), at<void>(y), n, at<int64_t>(seed), threshold, scale}, stream);
+      },
+      py::arg("x_type"), py::arg("type"), py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("n"),
+      py::arg("seed"), py::arg("threshold"), py::arg("scale"), py::arg("stream"));
+}

@@ -1,0 +1,14 @@
+"""CUDA kernels on device addresses (csrc/python/cuda.cpp); every launcher's last argument is a stream, as CUDA's number of it."""
+
+from collections.abc import Sequence
+
+def why_no_device() -> str | None: ...
+def softmax(
+    type: int, x: int, y_in: int, y: int, mask: int, mask_stride: Sequence[int], batch: int, heads: int, queries: int, cols: int,
+    scale: float, causal: bool, log: bool, backward: bool, stream: int,
+) -> None: ...  # fmt: skip
+def activation(kind: int, type: int, x: int, y: int, n: int, stream: int) -> None: ...
+def activation_backward(kind: int, type: int, grad: int, kept: int, dx: int, n: int, stream: int) -> None: ...
+def dropout(
+    x_type: int, type: int, x: int, residual: int, y: int, n: int, seed: int, threshold: int, scale: float, stream: int
+) -> None: ...
