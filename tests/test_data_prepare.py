@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,6 +314,65 @@ def test_folders_that_cannot_be_written(tmp_path: Path, tokenizer: Tokenizer, mo
     monkeypatch.setattr(module._Split, "write", real)
     prepare(source, tokenizer, tmp_path / "out", Reader(0.1))
     assert everything(tmp_path / "out", tokenizer) == TEXT
+
+
+def arrow(path: Path, texts: list[str | None], rows: int = 70) -> Path:
+    """The Arrow stream that datasets writes."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+def test_a_data_set_that_was_saved(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """What Dataset.save_to_disk leaves: Arrow files and JSON that is no text. Also read on from any row."""
+    texts = records(tmp_path / "texts.jsonl")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    arrow(folder / "data-00000-of-00002.arrow", texts[:250])
+    arrow(folder / "data-00001-of-00002.arrow", texts[250:])
+    for name in ("dataset_info.json", "state.json"):
+        (folder / name).write_text('{"text": "not this"}')
+    sources = find_sources([folder])
+    assert [source.name for source in sources] == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    prepare(sources, tokenizer, tmp_path / "out", Reader(0.1))
+    prepare(find_sources([tmp_path / "texts.jsonl"]), tokenizer, tmp_path / "same", Reader(0.1))
+    assert decoded(tmp_path / "out", tokenizer) == decoded(tmp_path / "same", tokenizer)
+    for start in (0, 69, 70, 200, 250):
+        pieces = list(Reader(0.1).read(sources[0], start))
+        assert [piece.text for piece in pieces] == texts[start:250]
+        assert [piece.offset for piece in pieces] == list(range(start + 1, 251))
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = arrow(tmp_path / "cache.arrow", ["one text", "two texts", None]), []
+
+    def load_dataset(name: str, config: str | None, split: str) -> SimpleNamespace:
+        asked.append((name, config, split))
+        if name == "gone":
+            raise FileNotFoundError("Dataset 'gone' doesn't exist on the Hub")
+        return SimpleNamespace(cache_files=[{"filename": str(path)}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    (source,) = find_sources(["hf:owner/name:en@validation"])
+    find_sources(["hf:name"])
+    assert asked == [("owner/name", "en", "validation"), ("name", None, "train")]
+    with pytest.raises(
+        UserError, match=r"hf:gone cannot be loaded: Dataset 'gone' doesn't exist on the Hub; accepted is"
+    ):
+        find_sources(["hf:gone"])
+    with pytest.raises(UserError, match=r"cache\.arrow, row 3: the column 'text' holds NoneType"):
+        list(Reader(0.1).read(source))
+    assert [piece.text for piece in Reader(0.1, bad="skip").read(source)] == ["one text", "two texts"]
+    with pytest.raises(UserError, match=r"no column 'body'; it has id, text"):
+        list(Reader(0.1, text_field="body").read(source))
+    path.write_bytes(b"no Arrow at all, this")
+    with pytest.raises(UserError, match="is not a readable Arrow file"):
+        list(Reader(0.1).read(source))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"hf:name needs datasets: pip install 'fastgpt-kernels\[datasets\]'"):
+        find_sources(["hf:name"])
 
 
 def test_other_settings_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -44,7 +44,12 @@ def _prepare(arguments: Sequence[str], new_parser: Callable[[str, str], Any], sa
         "Turn text into token shards that `fastgpt train --data FOLDER` reads.\n"
         "After Ctrl-C or a crash the same command goes on where it was.",
     )
-    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="files and folders of text, .jsonl and .parquet")
+    parser.add_argument(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="files and folders of text, .jsonl, .parquet and .arrow; hf:NAME: a data set of the Hugging Face hub",
+    )
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where the shards go")
     parser.add_argument(
         "--tokenizer",

@@ -362,7 +362,7 @@ def _finish(
 def _done_bytes(sources: Sequence[Source], place: dict[str, int]) -> int:
     """Bytes of the sources before a place; within a Parquet file, whose rows have no bytes, those before the file."""
     index = place["source"]
-    inside = place["offset"] if index < len(sources) and sources[index].kind != "parquet" else 0
+    inside = place["offset"] if index < len(sources) and sources[index].kind not in ("parquet", "arrow") else 0
     return sum(source.n_bytes for source in sources[:index]) + inside
 
 

@@ -2,9 +2,13 @@
 
     *.jsonl, *.ndjson   one JSON object a line; the text is one of its fields
     *.parquet           one row a document; the text is one of its columns (needs pyarrow)
+    *.arrow             the same, as Hugging Face's datasets keeps it
+    hf:NAME             a data set of the Hugging Face hub, or a local folder that `datasets.load_dataset` takes (needs datasets):
+                        hf:OWNER/NAME:CONFIG@SPLIT, with the split train where none is named
     anything else       a text file, one document
 
-A folder stands for every file below it in the order of their paths, hidden ones left out. Text comes in pieces of about PIECE_BYTES
+A folder stands for every file below it in the order of their paths, hidden ones left out; one that `Dataset.save_to_disk` wrote, for
+its .arrow files. Text comes in pieces of about PIECE_BYTES
 that end where every built-in pre-tokenizer has a boundary, so a file of any size is read in bounded memory and encodes as it would
 whole.
 
@@ -29,7 +33,9 @@ from fastgpt.data.corpora import HOLD_OUT_FILES, held_out
 from fastgpt.errors import UserError
 
 PIECE_BYTES = 2**20
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes beside the text
+HUB = "hf:"
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 PARQUET_ROWS = 1024
 BAD = ("stop", "skip", "replace")
@@ -113,9 +119,8 @@ class Reader:
             UserError: what is wrong, with the file and the line, byte or row.
         """
         try:
-            yield from {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet}[source.kind](
-                source, offset, record
-            )
+            readers = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "arrow": self._arrow}
+            yield from readers[source.kind](source, offset, record)
         except OSError as error:
             raise UserError(f"cannot read {source.path}: {error.strerror or error}") from error
 
@@ -285,18 +290,42 @@ class Reader:
                         row += n_rows
                         continue
                     for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[self.text_field]):
-                        for text in batch.column(0).to_pylist():
-                            row += 1
-                            if row <= offset:
-                                continue
-                            if not isinstance(text, str):
-                                self._wrong(
-                                    f"{source.path}, row {row:,}: the column {self.text_field!r} holds {type(text).__name__}"
-                                )
-                            elif text.strip():
-                                yield from self._record(text, row, row)
+                        yield from self._rows(source, batch.column(0).to_pylist(), row, offset)
+                        row += batch.num_rows
         except pyarrow.ArrowException as error:
             self._wrong(f"{source.path} is not a readable Parquet file ({str(error).splitlines()[0][:100]})")
+
+    def _arrow(self, source: Source, offset: int, record: int) -> Iterator[Piece]:
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise UserError(
+                f"{source.path} is Arrow, which needs pyarrow: pip install 'fastgpt-kernels[parquet]'"
+            ) from error
+        try:
+            with pyarrow.memory_map(str(source.path)) as file, pyarrow.ipc.open_stream(file) as batches:
+                names = batches.schema.names
+                if self.text_field not in names:
+                    raise UserError(
+                        f"{source.path} has no column {self.text_field!r}; it has {', '.join(names)} (--text-field)"
+                    )
+                row = 0
+                for batch in batches:
+                    if row + batch.num_rows > offset:
+                        yield from self._rows(source, batch.column(self.text_field).to_pylist(), row, offset)
+                    row += batch.num_rows
+        except pyarrow.ArrowException as error:
+            self._wrong(f"{source.path} is not a readable Arrow file ({str(error).splitlines()[0][:100]})")
+
+    def _rows(self, source: Source, texts: Sequence[Any], before: int, offset: int) -> Iterator[Piece]:
+        """The records of a batch's texts, `before` rows after the file's beginning; the first `offset` rows of the file left out."""
+        for row, text in enumerate(texts, start=before + 1):
+            if row <= offset:
+                continue
+            if not isinstance(text, str):
+                self._wrong(f"{source.path}, row {row:,}: the column {self.text_field!r} holds {type(text).__name__}")
+            elif text.strip():
+                yield from self._record(text, row, row)
 
 
 def _not_utf8(path: Path, offset: int, byte: int) -> str:
@@ -321,13 +350,18 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
         ['jsonl', 'text', 'text']
     """
     found = []
-    for given in map(Path, paths):
-        if given.is_dir():
+    for asked in paths:
+        given = Path(asked)
+        if str(asked).startswith(HUB):
+            found += _hub(str(asked).removeprefix(HUB))
+        elif given.is_dir():
             below = []
             for folder, folders, names in os.walk(given):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 below += [Path(folder) / name for name in names if not name.startswith(".")]
             files = sorted(path for path in below if path.is_file())
+            if any(path.name in DATASET_FILES for path in files) and any(path.suffix == ".arrow" for path in files):
+                files = [path for path in files if path.suffix == ".arrow"]
             if not files:
                 raise UserError(f"the folder {given} holds no files")
             found += [_source(path, path.relative_to(given).as_posix(), False) for path in files]
@@ -338,6 +372,27 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
     if not found:
         raise UserError("no sources given; accepted are files and folders of text, JSONL and Parquet")
     return found
+
+
+def _hub(asked: str) -> list[Source]:
+    """The Arrow files of a data set that `datasets` downloads, or finds in its cache."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{HUB}{asked} needs datasets: pip install 'fastgpt-kernels[datasets]'") from error
+    name, _, split = asked.partition("@")
+    name, _, config = name.partition(":")
+    try:
+        found = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:
+        raise UserError(
+            f"{HUB}{asked} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}; "
+            f"accepted is {HUB}OWNER/NAME, with :CONFIG and @SPLIT where there are several"
+        ) from error
+    files = [Path(item["filename"]) for item in found.cache_files]
+    if not files:
+        raise UserError(f"{HUB}{asked} has no files on the disk")
+    return [Source(path, f"{asked}/{path.name}", "arrow", path.stat().st_size, True) for path in files]
 
 
 def _source(path: Path, name: str, named: bool) -> Source:
