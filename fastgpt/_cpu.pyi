@@ -257,6 +257,7 @@ def rope(
 ) -> None: ...
 def linear(
     half: bool,
+    transposed: bool,
     x_dtype: int,
     w_dtype: int,
     y_dtype: int,
@@ -276,6 +277,7 @@ def linear(
 ) -> None: ...
 def linear_backward_input(
     half: bool,
+    transposed: bool,
     dy_dtype: int,
     w_dtype: int,
     dx_dtype: int,
@@ -292,6 +294,7 @@ def linear_backward_input(
 ) -> None: ...
 def linear_backward_weight(
     half: bool,
+    transposed: bool,
     accumulate: bool,
     dy_dtype: int,
     x_dtype: int,
@@ -312,6 +315,7 @@ def transformer_block(
     params: int,
     inner: int,
     half: bool,
+    transposed: bool,
     sizes: Sequence[int],
     eps: float,
     weights: Sequence[int],
@@ -326,6 +330,7 @@ def transformer_block_backward(
     params: int,
     inner: int,
     half: bool,
+    transposed: bool,
     sizes: Sequence[int],
     eps: float,
     weights: Sequence[int],

@@ -48,6 +48,28 @@ def test_parity(isa, dtype, shape):
     check_op(ops.linear, F.linear, lambda x, w, b: reference._project(x, w, b), inputs(*shape, dtype), f"{shape}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2), (3, 65, 33), (1, 300, 200), (8, 31, 7), (9, 16, 48), (97, 113, 50), (1100, 40, 20)], ids=str
+)
+def test_a_transposed_weight_is_read_where_it_is(isa, dtype, shape, monkeypatch):
+    x, w, b = inputs(*shape, dtype)
+    check_op(
+        lambda x, w, b: ops.linear(x, w.t(), b),
+        lambda x, w, b: torch.addmm(b, x, w),
+        lambda x, w, b: reference._project(x, w.t(), b),
+        [x, w.t().contiguous(), b],
+        f"{shape}",
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda self: self if self.is_contiguous() else pytest.fail("copied")
+    )
+    leaf = w.t().clone(memory_format=torch.contiguous_format).requires_grad_()
+    grad = torch.ones(shape[0], shape[2], dtype=dtype)
+    ops.linear(x, leaf.t(), b).backward(grad)
+    assert leaf.grad.is_contiguous()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("rows", [5, 70])
 def test_activation_and_residual(isa, activation, rows):
@@ -214,6 +236,8 @@ def test_opcheck():
     opcheck(linear, (*leaves, None, "gelu", torch.float32, True))
     opcheck(linear, (x, w, None, random(20, 12), "", torch.float32, False))
     opcheck(torch.ops.fastgpt.linear_backward.default, (random(20, 12), x, w, True, False, True))
+    transposed = w.detach().t().contiguous().t()
+    opcheck(torch.ops.fastgpt.linear_backward.default, (random(20, 12), x, transposed, True, True, True))
     opcheck(loss, (*leaves[:2], torch.arange(20) % 12, -100, "mean", 0.0, torch.float32, True))
 
 

@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 from fastgpt import ops
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.ops.transformer_block import transformer_block_with_qkv
 
 ACTIVATIONS = ("relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu")
 
@@ -62,6 +63,33 @@ def check(tensors, heads, kv_heads, activation, bias, what=""):
 @pytest.mark.parametrize("shape", [(1, 1, 64, 2, 2), (2, 17, 24, 3, 1), (3, 70, 64, 4, 2)], ids=str)
 def test_parity(isa, shape, bias):
     check(inputs(*shape, bias=bias), *shape[3:], "gelu", bias, f"{shape}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transposed_weights_are_used_where_they_are(isa, dtype, monkeypatch):
+    tensors = inputs(2, 19, 24, 3, 3, dtype=dtype)
+    stored = [t.t().contiguous() if t.dim() == 2 else t for t in tensors]
+    turned = lambda params: [p.t() if p.dim() == 2 else p for p in params]  # noqa: E731
+    check_op(
+        lambda x, *p: ops.transformer_block(x, turned(p), n_head=3),
+        lambda x, *p: plain(x, turned(p), 3, 3, "gelu_tanh"),
+        lambda x, *p: plain(x, turned(p), 3, 3, "gelu_tanh"),
+        stored,
+        "transposed",
+    )
+    x, *params = (t.clone().requires_grad_() for t in stored)
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda self: self if self.is_contiguous() else pytest.fail("copied")
+    )
+    ops.transformer_block(x, turned(params), n_head=3).backward(torch.ones_like(x))
+    assert all(p.grad.is_contiguous() for p in params)
+
+
+def test_queries_keys_and_values_of_the_call():
+    x, *params = inputs(2, 5, 16, 2, 1)
+    y, qkv = transformer_block_with_qkv(x, params, n_head=2, n_kv_head=1)
+    torch.testing.assert_close(y, ops.transformer_block(x, params, n_head=2, n_kv_head=1))
+    torch.testing.assert_close(qkv, F.linear(F.layer_norm(x, (16,), params[0], params[1]), params[2], params[3]))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -137,6 +165,8 @@ def test_opcheck():
     x, *params = (t.requires_grad_() for t in inputs(1, 6, 16, 2, 1))
     rest = (2, 1, 1e-5, "gelu", torch.float32, True)
     opcheck(torch.ops.fastgpt.transformer_block.default, (x, *params, *rest))
+    turned = [p.detach().t().contiguous().t() if p.dim() == 2 else p.detach() for p in params]
+    opcheck(torch.ops.fastgpt.transformer_block.default, (x.detach(), *turned, *rest))
 
 
 def test_compile():

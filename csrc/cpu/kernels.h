@@ -230,8 +230,9 @@ struct RopeArgs {
 };
 
 // Matrices are contiguous; `half` allows products of bf16 pairs, summed in fp32.
+// `transposed`: the weight and its gradient are (in, out) in memory, as GPT-2's checkpoints have them.
 struct LinearArgs {
-  bool half;
+  bool half, transposed;
   DType x_dtype, w_dtype, y_dtype, residual_dtype;
   const void* x;       // (rows, in)
   const void* weight;  // (out, in)
@@ -245,7 +246,7 @@ struct LinearArgs {
 };
 
 struct LinearBackwardInputArgs {
-  bool half;
+  bool half, transposed;
   DType dy_dtype, w_dtype, dx_dtype, slope_dtype;
   const void* dy;               // (rows, out)
   const void* weight;           // (out, in)
@@ -255,7 +256,7 @@ struct LinearBackwardInputArgs {
 };
 
 struct LinearBackwardWeightArgs {
-  bool half, accumulate;  // accumulate: add to what is there
+  bool half, transposed, accumulate;  // accumulate: add to what is there
   DType dy_dtype, x_dtype, dw_dtype, db_dtype;
   const void* dy;  // (rows, out)
   const void* x;   // (rows, in)

@@ -1,4 +1,5 @@
-// Linear layers: y = activation(x W^T + bias) + residual and its gradients, W (out, in) as torch keeps it.
+// Linear layers: y = activation(x W^T + bias) + residual and its gradients, W (out, in) as torch keeps it, or (in, out)
+// in memory where `transposed`: the same products, with the other order of packing.
 //
 //   forward          y  = f(x W^T + b) + residual
 //   backward_input   dx = (dy W) slope    (slope: the derivative of the activation that made x, kept by its forward)
@@ -56,6 +57,50 @@ void few_rows(const X* x, const W* weight, int64_t rows, int64_t in, int64_t out
                      float tile[kLanes] = {};
                      for (int j = 0; j < kTogether; ++j) tile[j] = sum(acc[j]);
                      finish(r, n0, 1, count, tile);
+                   }
+                 }
+               });
+}
+
+// The same of weights that lie transposed: a panel of columns is summed down the rows of W, which are read in order.
+template <class X, class W, class Finish>
+void few_rows_transposed(const X* x, const W* weight, int64_t rows, int64_t in, int64_t out, int threads,
+                         const Finish& finish) {
+  constexpr int kWide = 4;  // panels of 4 vectors: whole cache lines of several streams
+  constexpr int64_t kColumns = kWide * kLanes;
+  parallel_for((out + kColumns - 1) / kColumns, std::max<int64_t>(1, kGrain / (kColumns * in + 1)), threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t group = begin; group < end; ++group) {
+                   const int64_t c0 = group * kColumns;
+                   const int64_t count = std::min<int64_t>(kColumns, out - c0);
+                   for (int64_t r = 0; r < rows; ++r) {
+                     // Partial sums of kChain terms: a single chain over a long row would lose digits.
+                     Vec total[kWide] = {};
+                     for (int64_t first = 0; first < in; first += kChain) {
+                       Vec acc[kWide] = {};
+                       for (int64_t k = first; k < std::min(in, first + kChain); ++k) {
+                         const Vec v = splat(to_float(x[r * in + k]));
+                         const W* row = weight + k * out + c0;
+                         if (count == kColumns) {
+                           // The rows ahead lie in other pages, where the chip itself does not look.
+                           for (int j = 0; j < kWide; ++j) __builtin_prefetch(row + 16 * out + j * kLanes);
+#pragma GCC unroll 4
+                           for (int j = 0; j < kWide; ++j) acc[j] = fma(v, load_part(row + j * kLanes, kLanes), acc[j]);
+                         } else {
+                           for (int j = 0; j < kWide && j * kLanes < count; ++j) {
+                             const int n = static_cast<int>(std::min<int64_t>(kLanes, count - j * kLanes));
+                             acc[j] = fma(v, load_part(row + j * kLanes, n), acc[j]);
+                           }
+                         }
+                       }
+                       for (int j = 0; j < kWide; ++j) total[j] += acc[j];
+                     }
+                     float tile[kPanel] = {};
+                     for (int64_t c = 0; c < count; c += kPanel) {
+                       const int width = static_cast<int>(std::min<int64_t>(kPanel, count - c));
+                       for (int j = 0; j * kLanes < width; ++j) store(tile + j * kLanes, total[c / kLanes + j]);
+                       finish(r, c0 + c, 1, width, tile);
+                     }
                    }
                  }
                });
@@ -125,15 +170,18 @@ void linear(const LinearArgs& a, int threads) {
   if (a.rows <= kFewRows) {
     with_type(a.x_dtype, [&](auto x) {
       with_type(a.w_dtype, [&](auto w) {
-        few_rows(static_cast<const decltype(x)*>(a.x), static_cast<const decltype(w)*>(a.weight), a.rows, a.in, a.out,
-                 threads, finish);
+        const auto* rows_of_x = static_cast<const decltype(x)*>(a.x);
+        const auto* weight = static_cast<const decltype(w)*>(a.weight);
+        a.transposed ? few_rows_transposed(rows_of_x, weight, a.rows, a.in, a.out, threads, finish)
+                     : few_rows(rows_of_x, weight, a.rows, a.in, a.out, threads, finish);
       });
     });
     return;
   }
   with_math(a.half, [&](auto math) {
-    product<decltype(math), false, true>({a.x_dtype, a.x, a.in}, {a.w_dtype, a.weight, a.in}, a.rows, a.out, a.in,
-                                         kAnyDepth, threads, {}, finish);
+    const Matrix x{a.x_dtype, a.x, a.in}, w{a.w_dtype, a.weight, a.transposed ? a.out : a.in};
+    a.transposed ? product<decltype(math), false, false>(x, w, a.rows, a.out, a.in, kAnyDepth, threads, {}, finish)
+                 : product<decltype(math), false, true>(x, w, a.rows, a.out, a.in, kAnyDepth, threads, {}, finish);
   });
 }
 
@@ -148,8 +196,9 @@ void linear_backward_input(const LinearBackwardInputArgs& a, int threads) {
     });
   };
   with_math(a.half, [&](auto math) {
-    product<decltype(math), false, false>({a.dy_dtype, a.dy, a.out}, {a.w_dtype, a.weight, a.in}, a.rows, a.in, a.out,
-                                          kAnyDepth, threads, {}, finish);
+    const Matrix dy{a.dy_dtype, a.dy, a.out}, w{a.w_dtype, a.weight, a.transposed ? a.out : a.in};
+    a.transposed ? product<decltype(math), false, true>(dy, w, a.rows, a.in, a.out, kAnyDepth, threads, {}, finish)
+                 : product<decltype(math), false, false>(dy, w, a.rows, a.in, a.out, kAnyDepth, threads, {}, finish);
   });
 }
 
@@ -159,20 +208,24 @@ void linear_backward_weight(const LinearBackwardWeightArgs& a, int threads) {
   if (a.dweight != nullptr) {
     // An fp32 gradient is where its parts are summed; one in bf16 is summed elsewhere and rounded once.
     const bool direct = a.dw_dtype == DType::kFloat32;
+    // dW = dy^T x, or its transpose x^T dy.
+    Matrix left{a.dy_dtype, a.dy, a.out}, right{a.x_dtype, a.x, a.in};
+    if (a.transposed) std::swap(left, right);
+    const int64_t columns = right.stride;
     const Sums sums = {direct ? static_cast<float*>(a.dweight) : nullptr, direct && a.accumulate};
     const auto finish = [&](int64_t r0, int64_t c0, int height, int width, const float* tile) {
       with_type(a.dw_dtype, [&](auto tag) {
         using W = decltype(tag);
         W* dweight = static_cast<W*>(a.dweight);
-        finish_tile(r0, c0, height, width, a.in, tile, [&](Vec v, int64_t place, int64_t, int n) {
+        finish_tile(r0, c0, height, width, columns, tile, [&](Vec v, int64_t place, int64_t, int n) {
           if (a.accumulate && !direct) v += load_part(dweight + place, n);
           store_part(dweight + place, v, n);
         });
       });
     };
     with_math(a.half, [&](auto math) {
-      product<decltype(math), true, false>({a.dy_dtype, a.dy, a.out}, {a.x_dtype, a.x, a.in}, a.out, a.in, a.rows,
-                                           kRowsAtOnce, threads, sums, finish);
+      product<decltype(math), true, false>(left, right, left.stride, columns, a.rows, kRowsAtOnce, threads, sums,
+                                           finish);
     });
   }
   if (a.dbias == nullptr) return;

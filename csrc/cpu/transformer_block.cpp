@@ -67,6 +67,7 @@ struct Block {
   LinearArgs product(const LinearWeights& p, DType x_dtype, const void* x, int64_t in, DType y_dtype, void* y,
                      int64_t out) const {
     return {.half = s.half,
+            .transposed = s.transposed,
             .x_dtype = x_dtype,
             .w_dtype = s.params,
             .y_dtype = y_dtype,
@@ -83,6 +84,7 @@ struct Block {
   LinearBackwardInputArgs input_gradient(const LinearWeights& p, DType dy_dtype, const void* dy, int64_t out,
                                          DType dx_dtype, void* dx, int64_t in) const {
     return {.half = s.half,
+            .transposed = s.transposed,
             .dy_dtype = dy_dtype,
             .w_dtype = s.params,
             .dx_dtype = dx_dtype,
@@ -99,6 +101,7 @@ struct Block {
                        const void* x, int64_t in) const {
     if (g.weight == nullptr && g.bias == nullptr) return;
     run.linear_backward_weight({.half = s.half,
+                                .transposed = s.transposed,
                                 .accumulate = false,
                                 .dy_dtype = dy_dtype,
                                 .x_dtype = x_dtype,

@@ -15,20 +15,21 @@
 namespace fastgpt::cpu {
 
 struct LinearWeights {
-  const void* weight;  // (out, in)
+  const void* weight;  // (out, in), or (in, out) where `transposed`
   const void* bias;    // (out), or nullptr
 };
 
 struct LinearGradients {
-  void* weight;  // (out, in), or nullptr
+  void* weight;  // as the weight, or nullptr
   void* bias;    // (out), or nullptr
 };
 
 struct BlockShape {
-  DType stream;  // of x, y and their gradients
-  DType params;  // of all parameters and their gradients
-  DType inner;   // of what lies between the products
-  bool half;     // products of bf16 pairs allowed
+  DType stream;     // of x, y and their gradients
+  DType params;     // of all parameters and their gradients
+  DType inner;      // of what lies between the products
+  bool half;        // products of bf16 pairs allowed
+  bool transposed;  // the products' weights are (in, out) in memory
   Activation activation;
   float eps;
   int64_t batch, time, width, heads, kv_heads, hidden;

@@ -41,11 +41,13 @@ Activation activation_of(int code) {
 }
 
 // Of a transformer block: the activation, batch, time, width, heads, key heads and the width inside.
-BlockShape block_shape(int stream, int params, int inner, bool half, const std::array<int64_t, 7>& sizes, float eps) {
+BlockShape block_shape(int stream, int params, int inner, bool half, bool transposed,
+                       const std::array<int64_t, 7>& sizes, float eps) {
   return {dtype_of(stream),
           dtype_of(params),
           dtype_of(inner),
           half,
+          transposed,
           activation_of(static_cast<int>(sizes[0])),
           eps,
           sizes[1],
@@ -476,9 +478,11 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "linear",
-      [](bool half, int x_dtype, int w_dtype, int y_dtype, int residual_dtype, Address x, Address weight, Address bias,
-         int kind, Address slope, Address residual, Address y, int64_t rows, int64_t in, int64_t out, int threads) {
+      [](bool half, bool transposed, int x_dtype, int w_dtype, int y_dtype, int residual_dtype, Address x,
+         Address weight, Address bias, int kind, Address slope, Address residual, Address y, int64_t rows, int64_t in,
+         int64_t out, int threads) {
         LinearArgs args{half,
+                        transposed,
                         dtype_of(x_dtype),
                         dtype_of(w_dtype),
                         dtype_of(y_dtype),
@@ -500,9 +504,10 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "linear_backward_input",
-      [](bool half, int dy_dtype, int w_dtype, int dx_dtype, int slope_dtype, Address dy, Address weight, Address slope,
-         Address dx, int64_t rows, int64_t in, int64_t out, int threads) {
+      [](bool half, bool transposed, int dy_dtype, int w_dtype, int dx_dtype, int slope_dtype, Address dy,
+         Address weight, Address slope, Address dx, int64_t rows, int64_t in, int64_t out, int threads) {
         LinearBackwardInputArgs args{half,
+                                     transposed,
                                      dtype_of(dy_dtype),
                                      dtype_of(w_dtype),
                                      dtype_of(dx_dtype),
@@ -520,9 +525,10 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "linear_backward_weight",
-      [](bool half, bool accumulate, int dy_dtype, int x_dtype, int dw_dtype, int db_dtype, Address dy, Address x,
-         Address dweight, Address dbias, int64_t rows, int64_t in, int64_t out, int threads) {
+      [](bool half, bool transposed, bool accumulate, int dy_dtype, int x_dtype, int dw_dtype, int db_dtype, Address dy,
+         Address x, Address dweight, Address dbias, int64_t rows, int64_t in, int64_t out, int threads) {
         LinearBackwardWeightArgs args{half,
+                                      transposed,
                                       accumulate,
                                       dtype_of(dy_dtype),
                                       dtype_of(x_dtype),
@@ -541,21 +547,21 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "transformer_block",
-      [](int stream, int params, int inner, bool half, const std::array<int64_t, 7>& sizes, float eps,
+      [](int stream, int params, int inner, bool half, bool transposed, const std::array<int64_t, 7>& sizes, float eps,
          const Addresses12& weights, Address x, const Addresses10& state, Address y, int threads) {
-        transformer_block(block_shape(stream, params, inner, half, sizes, eps), block_weights(weights),
+        transformer_block(block_shape(stream, params, inner, half, transposed, sizes, eps), block_weights(weights),
                           at<const void>(x), block_state(state), at<void>(y), threads);
       },
       Release());
 
   m.def(
       "transformer_block_backward",
-      [](int stream, int params, int inner, bool half, const std::array<int64_t, 7>& sizes, float eps,
+      [](int stream, int params, int inner, bool half, bool transposed, const std::array<int64_t, 7>& sizes, float eps,
          const Addresses12& weights, Address x, const Addresses10& state, Address dy, Address dx,
          const Addresses12& gradients, int threads) {
-        transformer_block_backward(block_shape(stream, params, inner, half, sizes, eps), block_weights(weights),
-                                   at<const void>(x), block_state(state), at<const void>(dy), at<void>(dx),
-                                   block_gradients(gradients), threads);
+        transformer_block_backward(block_shape(stream, params, inner, half, transposed, sizes, eps),
+                                   block_weights(weights), at<const void>(x), block_state(state), at<const void>(dy),
+                                   at<void>(dx), block_gradients(gradients), threads);
       },
       Release());
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.compat.blocks import BlockPart, Conv1DPart, GPT2BlockPart, LinearPart
+from fastgpt.compat.loss import CausalLMPart, GPTPart
 from fastgpt.functional import scaled_dot_product_attention
 
 
@@ -75,7 +77,20 @@ class CausalSelfAttentionPart(torch.nn.Module):
 
 
 _PARTS = {
-    part.__name__: part for part in (RMSNormPart, GatedMLPPart, GELUTanhPart, LayerNormPart, CausalSelfAttentionPart)
+    part.__name__: part
+    for part in (
+        RMSNormPart,
+        GatedMLPPart,
+        GELUTanhPart,
+        LayerNormPart,
+        CausalSelfAttentionPart,
+        LinearPart,
+        Conv1DPart,
+        GPT2BlockPart,
+        BlockPart,
+        CausalLMPart,
+        GPTPart,
+    )
 }
 
 

@@ -6,18 +6,20 @@ parts (nanoGPT's and minGPT's) are first run on random numbers both ways, and le
 
 import collections
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastgpt import nn
-from fastgpt.compat import parts
+from fastgpt.compat import blocks, loss, parts
 
 _BEFORE = "_fastgpt_class"
 _ATTENTION = "_fastgpt_attention"
+_LOSS = "_fastgpt_loss"
 
-# torch's class -> ours. The activations' and norms' own classes; nn.Linear and nn.Embedding are torch's products and look-ups already.
+# torch's class -> ours. The activations' and norms' own classes; nn.Embedding is torch's look-up already.
 _TORCH: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
@@ -29,7 +31,6 @@ _TORCH: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 _LEFT = {
     torch.nn.ReLU: "ops.relu is no faster than torch's",
-    torch.nn.Linear: "the product stays torch's",
     torch.nn.MultiheadAttention: "not covered",
     torch.nn.TransformerEncoderLayer: "not covered; its norms are replaced",
 }
@@ -51,18 +52,18 @@ class Report:
         return "\n".join(lines) or "nothing that fastgpt knows"
 
 
-def _same(module: torch.nn.Module, faster: type[torch.nn.Module], x: torch.Tensor) -> bool:
+def _same(module: torch.nn.Module, faster: type[torch.nn.Module], *x: torch.Tensor) -> bool:
     """Whether both classes make the same of x, in evaluation mode; the module is as before afterwards."""
     mode, slower = module.training, type(module)
     modes = [(child, child.training) for child in module.modules()]
     try:
         # Under the caller's autocast both would round to half, and differ by that.
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x[0].device.type, enabled=False):
             module.eval()
-            want = module.forward(x)
+            want = module.forward(*x)
             module.__class__ = faster
-            got = module.forward(x)
-            tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
+            got = module.forward(*x)
+            tolerance = 1e-4 if x[0].dtype in (torch.float32, torch.float64) else 3e-2
             return isinstance(want, torch.Tensor) and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
@@ -83,6 +84,14 @@ def _by_parts(module: Any, report: Report) -> type[torch.nn.Module] | None:
     kind: Any = type(module)
     checked: list[tuple[type[torch.nn.Module], Callable[[], torch.Tensor]]] = []
     weight = getattr(module, "weight", None)
+    if kind is torch.nn.Linear:
+        return parts.derived(parts.LinearPart, kind)
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return parts.derived(parts.Conv1DPart, kind)
+    if kind.__name__ == "GPT2Block" and kind.__module__.startswith("transformers."):
+        return _gpt2_block(module, report)
+    if kind.__name__ == "Block" and all(hasattr(module, name) for name in ("ln_1", "attn", "ln_2", "mlp")):
+        return _block(module, report)
     if kind.__name__ in _HF_NORMS and hasattr(module, "variance_epsilon"):
         return parts.derived(parts.RMSNormPart, kind)
     if kind.__name__ in _HF_MLPS and hasattr(module, "gate_proj"):
@@ -95,7 +104,9 @@ def _by_parts(module: Any, report: Report) -> type[torch.nn.Module] | None:
         x = torch.linspace(-4, 4, 33)
         checked.append((parts.derived(parts.GELUTanhPart, kind), lambda: x))
     elif kind.__name__ == "LayerNorm" and kind not in (torch.nn.LayerNorm, nn.LayerNorm) and weight is not None:
-        checked.append((parts.derived(parts.LayerNormPart, kind), lambda: _probe(weight, 3, *weight.shape)))
+        checked.append(
+            (parts.derived(parts.LayerNormPart, kind), lambda: _probe(weight, 3, *weight.shape) / 100)
+        )  # numbers so small that eps counts
     elif kind.__name__ == "CausalSelfAttention" and kind is not nn.CausalSelfAttention:
         needed = ("c_attn", "c_proj", "attn_dropout", "resid_dropout", "n_head")
         if all(hasattr(module, name) for name in needed):
@@ -110,12 +121,92 @@ def _by_parts(module: Any, report: Report) -> type[torch.nn.Module] | None:
     return None
 
 
-def accelerate(model: torch.nn.Module) -> Report:
+def _note(module: Any, act: torch.nn.Module, report: Report) -> bool:
+    """Keeps what a block holds; False where one op does not stand for all of it."""
+    name = type(module).__name__
+    activation = blocks.activation_of(act)
+    if activation is None:
+        report.left[name] = f"its activation is {type(act).__name__}; its parts are replaced one by one"
+        return False
+    eps = {getattr(norm, "eps", 1e-5) for norm in (module.ln_1, module.ln_2)}
+    if len(eps) > 1:
+        report.left[name] = "its norms differ in eps; its parts are replaced one by one"
+        return False
+    module.__dict__[blocks.NOTE] = blocks.BlockNote(activation, eps.pop())
+    return True
+
+
+def _gpt2_block(module: Any, report: Report) -> type[torch.nn.Module] | None:
+    """Our class for a block of Hugging Face's GPT-2 that is as GPT-2's are."""
+    kind: Any = type(module)
+    attn = module.attn
+    takes = list(inspect.signature(kind.forward).parameters)
+    what = None
+    if takes[1:6] != [
+        "hidden_states", "past_key_values", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
+    ] or "head_mask" in takes:  # fmt: skip
+        what = "this version of transformers calls it with other arguments"
+    elif hasattr(module, "crossattention") or attn.is_cross_attention:
+        what = "it attends to an encoder"
+    elif attn.scaling != attn.head_dim**-0.5:
+        what = "its scores are scaled by other than 1 / sqrt(D)"
+    if what is not None:
+        report.left["GPT2Block"] = f"{what}; its parts are replaced one by one"
+        return None
+    return parts.derived(parts.GPT2BlockPart, kind) if _note(module, module.mlp.act, report) else None
+
+
+def _block(module: Any, report: Report) -> type[torch.nn.Module] | None:
+    """Our class for nanoGPT's or minGPT's block, where it computes the same of random numbers."""
+    kind: Any = type(module)
+    try:
+        mlp, attn, weight = module.mlp, module.attn, module.attn.c_proj.weight
+        act = mlp["act"] if isinstance(mlp, torch.nn.ModuleDict) else getattr(mlp, "gelu", None) or mlp.act
+        _ = attn.attn_dropout.p, attn.resid_dropout.p, attn.n_head, attn.c_attn
+        if not _note(module, act, report):
+            return None
+        faster = parts.derived(parts.BlockPart, kind)
+        if _same(module, faster, _probe(weight, 1, 4, len(weight)) / 100):
+            return faster
+    except (AttributeError, KeyError):
+        pass
+    module.__dict__.pop(blocks.NOTE, None)
+    report.left[type(module).__name__] = "not nanoGPT's or minGPT's, or its results are others; its parts are looked at"
+    return None
+
+
+def _set_loss(model: torch.nn.Module, report: Report, fused: bool) -> None:
+    """transformers' loss of a language model on `ops.cross_entropy`; where `fused`, head and loss in one op, for nanoGPT's GPT too."""
+    for module in model.modules():
+        kind: Any = type(module)
+        if loss.is_causal_lm(module):
+            if "_loss_function" not in module.__dict__:
+                module.__dict__[_LOSS] = True
+                module.__dict__["_loss_function"] = loss.causal_lm_loss
+                report.replaced[f"loss of {kind.__name__}"] += 1
+            if fused and _BEFORE not in module.__dict__:
+                module.__dict__[_BEFORE] = kind
+                module.__class__ = parts.derived(parts.CausalLMPart, kind)
+                report.replaced[kind.__name__] += 1
+        elif fused and loss.is_gpt(module) and _BEFORE not in module.__dict__:
+            faster = parts.derived(parts.GPTPart, kind)
+            if loss.same_loss(module, faster):
+                module.__dict__[_BEFORE] = kind
+                module.__class__ = faster
+                report.replaced[kind.__name__] += 1
+            else:
+                report.left[kind.__name__] = "its loss is another"
+
+
+def accelerate(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
     """Replaces in place the parts of a model that our ops compute faster; weights, hooks, state_dict, device and mode stay.
 
     Args:
         model: any model of torch.nn parts, nanoGPT's or minGPT's GPT, or one of transformers (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2),
             whose attention is set to "fastgpt" too.
+        fused_loss: of transformers' models and nanoGPT's GPT, compute the head and the loss of a training step in one op that never has
+            the whole matrix of logits. `logits` is then None in training mode where labels are given; ask for them with an explicit
+            `logits_to_keep=0` (transformers), in evaluation mode, or without labels.
 
     Returns:
         A Report. What is not known is left as it is. Calling it again changes nothing more.
@@ -126,9 +217,9 @@ def accelerate(model: torch.nn.Module) -> Report:
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.GELU())
         >>> print(accelerate(model))
+        replaced 1 x Linear
         replaced 1 x LayerNorm
         replaced 1 x GELU
-        left Linear: the product stays torch's
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
@@ -150,6 +241,7 @@ def accelerate(model: torch.nn.Module) -> Report:
         module.__class__ = faster
         report.replaced[kind.__name__] += 1
     _set_attention(model, report)
+    _set_loss(model, report, fused_loss)
     return report
 
 
@@ -188,6 +280,9 @@ def restore(model: torch.nn.Module) -> int:
         if before is not None:
             module.__class__ = before
             count += 1
+        module.__dict__.pop(blocks.NOTE, None)
+        if module.__dict__.pop(_LOSS, None):
+            module.__dict__.pop("_loss_function", None)
         attention = module.__dict__.pop(_ATTENTION, None)
         if attention is not None:
             module.config._attn_implementation = attention  # type: ignore[union-attr]

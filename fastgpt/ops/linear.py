@@ -20,6 +20,16 @@ def products_in_halves(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
 
 
+def is_transposed(weight: Tensor) -> bool:
+    """Whether a matrix lies in memory as its transpose, contiguous: the engine reads it, and writes its gradient, as it is."""
+    return not weight.is_contiguous() and weight.t().is_contiguous()
+
+
+def empty_gradient(weight: Tensor, transposed: bool) -> Tensor:
+    """Memory for a weight's gradient, laid out as the weight where that is transposed."""
+    return weight.new_empty(weight.shape[::-1]).t() if transposed else weight.new_empty(weight.shape)
+
+
 def _code(dtype: torch.dtype) -> int:
     codes = {torch.float32: 0, torch.bfloat16: 1}
     if dtype not in codes:
@@ -46,7 +56,8 @@ def _cpu(
         raise NotCovered(f"a bias of {bias.dtype} with a weight of {weight.dtype}")
     x_code, w_code, y_code = _code(x.dtype), _code(weight.dtype), _code(dtype)
     residual_code = y_code if residual is None else _code(residual.dtype)
-    x, weight = x.contiguous(), weight.contiguous()
+    transposed = is_transposed(weight)
+    x, weight = x.contiguous(), weight if transposed else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     out, width = weight.shape
@@ -54,9 +65,9 @@ def _cpu(
     y = torch.empty(shape, dtype=dtype)
     slope = torch.empty(_slope_shape(shape, activation, keeps), dtype=dtype)
     cpu.kernels.linear(
-        products_in_halves(dtype), x_code, w_code, y_code, residual_code, x.data_ptr(), weight.data_ptr(), cpu.address(bias),
-        KINDS[activation] if activation else -1, slope.data_ptr() if slope.numel() else 0, cpu.address(residual), y.data_ptr(),
-        y.numel() // max(out, 1), width, out, cpu.threads(),
+        products_in_halves(dtype), transposed, x_code, w_code, y_code, residual_code, x.data_ptr(), weight.data_ptr(),
+        cpu.address(bias), KINDS[activation] if activation else -1, slope.data_ptr() if slope.numel() else 0,
+        cpu.address(residual), y.data_ptr(), y.numel() // max(out, 1), width, out, cpu.threads(),
     )  # fmt: skip
     return y, slope
 
@@ -68,20 +79,22 @@ def _cpu_backward(
 
     half = products_in_halves(grad.dtype)
     g_code, x_code, w_code = _code(grad.dtype), _code(x.dtype), _code(weight.dtype)
-    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    transposed = is_transposed(weight)
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight if transposed else weight.contiguous()
     out, width = weight.shape
     rows = x.numel() // max(width, 1)
     dx = torch.empty(x.shape if needs_x else 0, dtype=x.dtype)
-    dweight = torch.empty(weight.shape if needs_weight else 0, dtype=weight.dtype)
+    dweight = empty_gradient(weight, transposed) if needs_weight else weight.new_empty(0)
     dbias = torch.empty(out if needs_bias else 0, dtype=weight.dtype)
     if needs_x:
         cpu.kernels.linear_backward_input(
-            half, g_code, w_code, x_code, 0, grad.data_ptr(), weight.data_ptr(), 0, dx.data_ptr(), rows, width, out, cpu.threads()
+            half, transposed, g_code, w_code, x_code, 0, grad.data_ptr(), weight.data_ptr(), 0, dx.data_ptr(), rows, width, out,
+            cpu.threads(),
         )  # fmt: skip
     if needs_weight or needs_bias:
         cpu.kernels.linear_backward_weight(
-            half, False, g_code, x_code, w_code, w_code, grad.data_ptr(), x.data_ptr(), dweight.data_ptr() if needs_weight else 0,
-            dbias.data_ptr() if needs_bias else 0, rows, width, out, cpu.threads(),
+            half, transposed, False, g_code, x_code, w_code, w_code, grad.data_ptr(), x.data_ptr(),
+            dweight.data_ptr() if needs_weight else 0, dbias.data_ptr() if needs_bias else 0, rows, width, out, cpu.threads(),
         )  # fmt: skip
     return dx, dweight, dbias
 
@@ -104,7 +117,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if needs_x else 0),
-        weight.new_empty(weight.shape if needs_weight else 0),
+        empty_gradient(weight, is_transposed(weight)) if needs_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if needs_bias else 0),
     )
 
@@ -170,8 +183,9 @@ def linear(
 
     Args:
         input: (..., in), any floating dtype.
-        weight: (out, in). bias: (out). Of the input's dtype; under autocast, and with a bf16 input, float32 is taken too, and is
-            rounded on its way into the product instead of being copied.
+        weight: (out, in), also the `.t()` of a contiguous (in, out), which is read where it is. bias: (out). Of the
+            input's dtype; under autocast, and with a bf16 input, float32 is taken too, and is rounded on its
+            way into the product instead of being copied.
         activation: None, "relu", "sigmoid", "tanh", "gelu" (erf), "gelu_tanh" or "silu".
         residual: (..., out), added last.
 

@@ -54,7 +54,21 @@ def _cpu(
         x_part = x.data_ptr() + first * width * x.element_size()
         row = 4 * first
         cpu.kernels.linear(
-            half, *codes, 0, x_part, weight.data_ptr(), 0, -1, 0, 0, logits.data_ptr(), count, width, classes, threads
+            half,
+            False,
+            *codes,
+            0,
+            x_part,
+            weight.data_ptr(),
+            0,
+            -1,
+            0,
+            0,
+            logits.data_ptr(),
+            count,
+            width,
+            classes,
+            threads,
         )
         cpu.kernels.cross_entropy(
             logits_code, logits.data_ptr(), target.data_ptr() + 2 * row, 0, losses.data_ptr() + row, lse.data_ptr() + 2 * row,
@@ -63,11 +77,11 @@ def _cpu(
         if not keeps:
             continue
         cpu.kernels.linear_backward_input(
-            half, logits_code, w_code, x_code, 0, logits.data_ptr(), weight.data_ptr(), 0,
+            half, False, logits_code, w_code, x_code, 0, logits.data_ptr(), weight.data_ptr(), 0,
             dx.data_ptr() + first * width * x.element_size(), count, width, classes, threads,
         )  # fmt: skip
         cpu.kernels.linear_backward_weight(
-            half, first > 0, logits_code, x_code, 0, 0, logits.data_ptr(), x_part, dweight.data_ptr(), 0, count, width, classes,
+            half, False, first > 0, logits_code, x_code, 0, 0, logits.data_ptr(), x_part, dweight.data_ptr(), 0, count, width, classes,
             threads,
         )  # fmt: skip
     total = losses.sum(dtype=torch.float64)

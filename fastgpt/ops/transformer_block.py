@@ -18,9 +18,19 @@ from torch.autograd.function import once_differentiable
 from fastgpt.ops import backend, reference
 from fastgpt.ops.backend import NotCovered, below_autograd, define
 from fastgpt.ops.bias_activation import KINDS
-from fastgpt.ops.linear import products_in_halves
+from fastgpt.ops.linear import empty_gradient, is_transposed, products_in_halves
 
 _DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _transposed(params: Sequence[Tensor | None]) -> bool:
+    """Whether all matrices lie as their transposes; then they are used in place."""
+    return all(p is not None and is_transposed(p) for p in (params[2], params[4], params[8], params[10]))
+
+
+def _laid_out(params: Sequence[Tensor | None], transposed: bool) -> list[Tensor | None]:
+    """The parameters as the engine takes them."""
+    return [p if p is None or (transposed and p.dim() == 2) else p.contiguous() for p in params]
 
 
 def _sizes(x: Tensor, params: Sequence[Tensor | None], heads: int, kv_heads: int, activation: str) -> tuple[int, ...]:
@@ -80,12 +90,12 @@ def _cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     *params, heads, kv_heads, eps, activation, inner, keeps = arguments
     codes = _check_dtypes(x, params, inner)
-    x = x.contiguous()
-    params = [None if p is None else p.contiguous() for p in params]
+    x, transposed = x.contiguous(), _transposed(params)
+    params = _laid_out(params, transposed)
     rows, widths = x.shape[0] * x.shape[1], _widths(x, params)
     y, middle, kept, stats = _results(x, params, heads, inner, keeps)
     cpu.kernels.transformer_block(
-        *codes, products_in_halves(inner), _sizes(x, params, heads, kv_heads, activation), eps,
+        *codes, products_in_halves(inner), transposed, _sizes(x, params, heads, kv_heads, activation), eps,
         [cpu.address(p) for p in params], x.data_ptr(),
         _state(middle, kept, stats, widths, rows), y.data_ptr(), cpu.threads(),
     )  # fmt: skip
@@ -111,13 +121,13 @@ def _cpu_backward(
     codes = _check_dtypes(x, params, inner)
     if grad.dtype != x.dtype:
         raise NotCovered(f"a gradient of {grad.dtype} for an input of {x.dtype}")
-    grad, x = grad.contiguous(), x.contiguous()
-    params = [None if p is None else p.contiguous() for p in params]
+    grad, x, transposed = grad.contiguous(), x.contiguous(), _transposed(params)
+    params = _laid_out(params, transposed)
     rows, widths = x.shape[0] * x.shape[1], _widths(x, params)
     dx = torch.empty_like(x)
     gradients = _gradients(x, params, needs_params)
     cpu.kernels.transformer_block_backward(
-        *codes, products_in_halves(inner), _sizes(x, params, heads, kv_heads, activation), eps,
+        *codes, products_in_halves(inner), transposed, _sizes(x, params, heads, kv_heads, activation), eps,
         [cpu.address(p) for p in params], x.data_ptr(),
         _state(middle, kept, stats, widths, rows), grad.data_ptr(), dx.data_ptr(),
         [g.data_ptr() if g.numel() else 0 for g in gradients], cpu.threads(),
@@ -127,7 +137,10 @@ def _cpu_backward(
 
 def _gradients(x: Tensor, params: Sequence[Tensor | None], needed: bool) -> list[Tensor]:
     """Empty gradients of the parameters, without elements for those that are not there or not needed."""
-    return [x.new_empty(0) if p is None or not needed else p.new_empty(p.shape) for p in params]
+    transposed = _transposed(params)
+    return [
+        x.new_empty(0) if p is None or not needed else empty_gradient(p, transposed and p.dim() == 2) for p in params
+    ]
 
 
 def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -213,7 +226,8 @@ def transformer_block(
         input: (B, T, C), float32 or bfloat16 (any floating dtype in the formula).
         params: weight and bias, one after the other, of the first norm (C), the projection to queries, keys and values
             ((H + 2 H_kv) D, C), attention's output projection (C, C), the second norm (C), the MLP's first layer (F, C) and its
-            second (C, F); any bias may be None. All of one dtype.
+            second (C, F); any bias may be None. All of one dtype. Matrices that are all `.t()` of contiguous ones are read
+            where they are.
         n_head, n_kv_head: heads of queries, and of keys and values (n_head where None).
         activation: "relu", "sigmoid", "tanh", "gelu", "gelu_tanh" or "silu".
         eps: added to the norms' variance.
@@ -227,6 +241,22 @@ def transformer_block(
     Raises:
         ValueError: shapes that do not fit, an unknown activation.
     """
+    return transformer_block_with_qkv(
+        input, params, n_head=n_head, n_kv_head=n_kv_head, activation=activation, eps=eps
+    )[0]
+
+
+def transformer_block_with_qkv(
+    input: Tensor,
+    params: Sequence[Tensor | None],
+    *,
+    n_head: int,
+    n_kv_head: int | None = None,
+    activation: str = "gelu_tanh",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`transformer_block`, and the queries, keys and values it made, (B, T, (H + 2 H_kv) D) in the dtype between the products: for a
+    cache. They carry no gradient and share memory with what the backward reads, so that they are not to be written to."""
     if input.dim() != 3 or len(params) != 12:
         raise ValueError(
             f"transformer_block: got input {tuple(input.shape)} and {len(params)} parameters, expected (B, T, C) and 12"
@@ -249,5 +279,6 @@ def transformer_block(
     if torch.is_autocast_enabled(input.device.type):
         inner = torch.get_autocast_dtype(input.device.type)
     keeps = torch.is_grad_enabled() and (input.requires_grad or any(p is not None and p.requires_grad for p in params))
-    y: Tensor = _transformer_block(input, *params, n_head, n_kv_head, eps, activation, inner, keeps)[0]
-    return y
+    y, _, kept, _ = _transformer_block(input, *params, n_head, n_kv_head, eps, activation, inner, keeps)
+    rows = input.shape[0] * input.shape[1]
+    return y, kept[: rows * out].view(*input.shape[:2], out)

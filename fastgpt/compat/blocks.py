@@ -1,0 +1,222 @@
+"""Whole blocks of other libraries' GPTs in one op: Hugging Face's GPT2Block, nanoGPT's and minGPT's Block.
+
+Each `forward` computes the block by `ops.transformer_block` where that does all that was asked for, one token behind a cache by fused
+linear layers, and anything else (masks over a whole text, dropout in training, hooks, adapters, cross-attention, other devices) by
+the class below, whose parts are accelerated one by one. What a block was found to hold is kept in `module._fastgpt_block` by
+`accelerate`; whether it still holds is looked at on every call.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.ops.transformer_block import covers, transformer_block_with_qkv
+
+FEW_ROWS = 8  # up to here the CPU engine reads a linear layer's weights once and packs nothing
+NOTE = "_fastgpt_block"
+
+
+class BlockNote(NamedTuple):
+    """What `accelerate` found out about a block."""
+
+    activation: str
+    eps: float
+
+
+def reads_few_rows(x: Tensor) -> bool:
+    """Whether a linear layer of x is faster in the CPU engine than in torch: float32, a few rows, no gradients. Other products stay
+    torch's; of bfloat16 the engine's are slower for 8 rows, and for many rows neither is faster."""
+    return (
+        x.dtype == torch.float32
+        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and covers(x)
+    )
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def are_plain(linears: tuple[Any, ...], others: tuple[Any, ...], kind: str) -> bool:
+    """Whether no adapter stands in a linear layer's place and no hook waits for a part's result."""
+    return all(type(part).__name__ == kind for part in linears) and not any(
+        _has_hooks(part) for part in (*linears, *others)
+    )
+
+
+class _KeptFromGraph(torch.autograd.Function):
+    """Keys and values for a cache, made by an op that gives no gradients for them: asking for some is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, x: Tensor) -> Tensor:
+        return qkv.view_as(qkv)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "fastgpt.accelerate: gradients through the cached keys and values of a training step are not computed;"
+            " use fastgpt.restore(model) for a loss that reads past_key_values"
+        )
+
+
+class LinearPart(torch.nn.Module):
+    """torch.nn.Linear, a few float32 rows at a time on the CPU engine; other calls are torch's."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if reads_few_rows(input):
+            return ops.linear(input, self.weight, self.bias)
+        y: Tensor = super().forward(input)
+        return y
+
+
+class Conv1DPart(torch.nn.Module):
+    """Hugging Face's Conv1D, a linear layer with an (in, out) weight, likewise."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if reads_few_rows(x):
+            return ops.linear(x, self.weight.t(), self.bias)
+        y: Tensor = super().forward(x)
+        return y
+
+
+def _layer(block: Any) -> int:
+    number: int = block.attn.layer_idx
+    return number
+
+
+class GPT2BlockPart(torch.nn.Module):
+    """Hugging Face's GPT2Block."""
+
+    def _parts(self) -> tuple[Any, ...]:
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        return self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj
+
+    def _is_whole(self) -> bool:
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        ln_1, c_attn, c_proj, ln_2, c_fc, out = self._parts()
+        return (
+            attn.config._attn_implementation == "fastgpt"
+            and not (self.training and (attn.attn_dropout.p or attn.resid_dropout.p or mlp.dropout.p))
+            and are_plain((c_attn, c_proj, c_fc, out), (ln_1, ln_2, attn, mlp), "Conv1D")
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
+        x = hidden_states
+        if (
+            encoder_hidden_states is None
+            and (past_key_values is None or type(past_key_values).__name__ == "DynamicCache")
+            and covers(x)
+            and self._is_whole()
+        ):
+            cached = 0 if past_key_values is None else past_key_values.get_seq_length(_layer(self))
+            if attention_mask is None and cached == 0:
+                return self._in_one_call(x, past_key_values)
+            if past_key_values is not None and x.shape[1] == 1 and reads_few_rows(x):
+                return self._one_token(x, past_key_values, attention_mask)
+        return super().forward(
+            hidden_states,
+            past_key_values,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _in_one_call(self, x: Tensor, cache: Any) -> Tensor:
+        params = [p.t() if p.dim() == 2 else p for part in self._parts() for p in (part.weight, part.bias)]
+        note: BlockNote = self.__dict__[NOTE]
+        attn: Any = self.attn
+        y, qkv = transformer_block_with_qkv(x, params, n_head=attn.num_heads, activation=note.activation, eps=note.eps)
+        if cache is not None:
+            if y.requires_grad:
+                qkv = _KeptFromGraph.apply(qkv, x)
+            _, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
+            cache.update(k.transpose(1, 2), v.transpose(1, 2), attn.layer_idx)
+        return y
+
+    def _one_token(self, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        ln_1, c_attn, c_proj, ln_2, c_fc, out = self._parts()
+        attn: Any = self.attn
+        B, _, C = x.shape
+        y = ops.layer_norm(x, (C,), ln_1.weight, ln_1.bias, ln_1.eps)
+        qkv = ops.linear(y, c_attn.weight.t(), c_attn.bias).view(B, 1, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, 1, D)
+        k, v = cache.update(k, v, attn.layer_idx)
+        if mask is None:
+            y = ops.attention(q, k, v, scale=attn.scaling)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, scale=attn.scaling)
+        x = ops.linear(y.transpose(1, 2).reshape(B, 1, C), c_proj.weight.t(), c_proj.bias, residual=x)
+        y = ops.layer_norm(x, (C,), ln_2.weight, ln_2.bias, ln_2.eps)
+        note: BlockNote = self.__dict__[NOTE]
+        y = ops.linear(y, c_fc.weight.t(), c_fc.bias, activation=note.activation)
+        return ops.linear(y, out.weight.t(), out.bias, residual=x)
+
+
+class BlockPart(torch.nn.Module):
+    """nanoGPT's and minGPT's Block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def _parts(self) -> tuple[Any, ...]:
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        fc, out = (mlp["c_fc"], mlp["c_proj"]) if isinstance(mlp, torch.nn.ModuleDict) else (mlp.c_fc, mlp.c_proj)
+        return self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, fc, out
+
+    def _is_whole(self) -> bool:
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        dropout = mlp["dropout"] if isinstance(mlp, torch.nn.ModuleDict) else mlp.dropout
+        ln_1, c_attn, c_proj, ln_2, c_fc, out = self._parts()
+        return not (self.training and (attn.attn_dropout.p or attn.resid_dropout.p or dropout.p)) and are_plain(
+            (c_attn, c_proj, c_fc, out), (ln_1, ln_2, attn, mlp), "Linear"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (covers(x) and self._is_whole()):
+            y: Tensor = super().forward(x)
+            return y
+        params = [p for part in self._parts() for p in (part.weight, part.bias)]
+        note: BlockNote = self.__dict__[NOTE]
+        attn: Any = self.attn
+        return ops.transformer_block(x, params, n_head=attn.n_head, activation=note.activation, eps=note.eps)
+
+
+def activation_of(module: torch.nn.Module) -> str | None:
+    """The name that ops.linear has for a module's function of one number; None where there is none."""
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    known = {
+        "gelu": F.gelu(x),
+        "gelu_tanh": F.gelu(x, approximate="tanh"),
+        "relu": F.relu(x),
+        "silu": F.silu(x),
+        "tanh": x.tanh(),
+    }
+    with torch.no_grad():
+        y = module(x)
+    for name, want in known.items():
+        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y.double(), want, rtol=0, atol=1e-6):
+            return name
+    return None
