@@ -12,3 +12,19 @@ def activation_backward(kind: int, type: int, grad: int, kept: int, dx: int, n: 
 def dropout(
     x_type: int, type: int, x: int, residual: int, y: int, n: int, seed: int, threshold: int, scale: float, stream: int
 ) -> None: ...
+def swiglu(
+    kind: int,
+    type: int,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    y: int,
+    rows: int,
+    cols: int,
+    stream: int,
+) -> None: ...
+def swiglu_backward(
+    kind: int, type: int, grad: int, gate: int, gate_stride: int, up: int, up_stride: int, dgate: int, dup: int, out_stride: int,
+    rows: int, cols: int, stream: int,
+) -> None: ...  # fmt: skip

@@ -36,6 +36,20 @@ struct ActivationArgs {
 void activation(Type type, const ActivationArgs& a, Stream stream);
 void activation_backward(Type type, const ActivationArgs& a, Stream stream);
 
+// y = activation(gate) up; rows of gate and up (and of their gradients) lie `..._stride` elements apart, those of y and
+// grad `cols`. Kinds: gelu, gelu_tanh, silu.
+struct SwigluArgs {
+  const void *gate, *up;
+  const void* grad;                            // backward
+  void* y;                                     // backward: dgate
+  void* dup;                                   // backward
+  int64_t gate_stride, up_stride, out_stride;  // out_stride: of dgate and dup in the backward, cols in the forward
+  int64_t rows, cols;
+  Activation kind;
+};
+void swiglu(Type type, const SwigluArgs& a, Stream stream);
+void swiglu_backward(Type type, const SwigluArgs& a, Stream stream);
+
 struct DropoutArgs {
   const void* x;
   const void* residual;  // or null

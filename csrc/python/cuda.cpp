@@ -73,4 +73,27 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("x_type"), py::arg("type"), py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("n"),
       py::arg("seed"), py::arg("threshold"), py::arg("scale"), py::arg("stream"));
+  m.def(
+      "swiglu",
+      [](int kind, int type, Address gate, int64_t gate_stride, Address up, int64_t up_stride, Address y, int64_t rows,
+         int64_t cols, Address stream) {
+        swiglu(static_cast<Type>(type),
+               {at<void>(gate), at<void>(up), nullptr, at<void>(y), nullptr, gate_stride, up_stride, cols, rows, cols,
+                static_cast<Activation>(kind)},
+               stream);
+      },
+      py::arg("kind"), py::arg("type"), py::arg("gate"), py::arg("gate_stride"), py::arg("up"), py::arg("up_stride"),
+      py::arg("y"), py::arg("rows"), py::arg("cols"), py::arg("stream"));
+  m.def(
+      "swiglu_backward",
+      [](int kind, int type, Address grad, Address gate, int64_t gate_stride, Address up, int64_t up_stride,
+         Address dgate, Address dup, int64_t out_stride, int64_t rows, int64_t cols, Address stream) {
+        swiglu_backward(static_cast<Type>(type),
+                        {at<void>(gate), at<void>(up), at<void>(grad), at<void>(dgate), at<void>(dup), gate_stride,
+                         up_stride, out_stride, rows, cols, static_cast<Activation>(kind)},
+                        stream);
+      },
+      py::arg("kind"), py::arg("type"), py::arg("grad"), py::arg("gate"), py::arg("gate_stride"), py::arg("up"),
+      py::arg("up_stride"), py::arg("dgate"), py::arg("dup"), py::arg("out_stride"), py::arg("rows"), py::arg("cols"),
+      py::arg("stream"));
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgpt.ops.backend import NotCovered, implement
 from fastgpt.ops.bias_activation import KINDS
 from fastgpt.ops.dropout import threshold
+from fastgpt.ops.swiglu import _geometry, _halves, _kind, _rows
 
 MIN_CAPABILITY = (8, 0)
 VERIFIED: frozenset[str] = frozenset()  # ops whose kernels, backward included, passed their tests on a GPU
@@ -176,3 +177,42 @@ def _dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tens
     scale = 1.0 / (1.0 - p)
     _launch("dropout", x.device, x_code, code, *addresses, x.numel(), seed.data_ptr(), threshold(p), scale)
     return y
+
+
+def _gated(gate: Tensor, up: Tensor | None, *options: str) -> Tensor:
+    _check(gate, up)
+    left, right = _halves(gate, up)
+    code = _same_type(left, right)
+    y = left.new_empty(left.shape)
+    if y.numel() == 0:
+        return y
+    (left, left_stride), (right, right_stride) = _rows(left), _rows(right)
+    rows, cols = _geometry(y, left_stride, right_stride)
+    addresses = (left.data_ptr(), left_stride, right.data_ptr(), right_stride, y.data_ptr())
+    _launch("swiglu", y.device, _kind(options), code, *addresses, rows, cols)
+    return y
+
+
+def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor | None, *options: str) -> tuple[Tensor, Tensor]:
+    _check(grad, gate, up)
+    left, right = _halves(gate, up)
+    code = _same_type(left, right, grad)
+    dgate = gate.new_empty(gate.shape)
+    dup = gate.new_empty(0 if up is None else right.shape)
+    if grad.numel() == 0:
+        return dgate, dup
+    grad = grad.contiguous()
+    (left, left_stride), (right, right_stride) = _rows(left), _rows(right)
+    out_stride, size = dgate.shape[-1], right.shape[-1]
+    rows, cols = _geometry(grad, left_stride, right_stride, out_stride)
+    into = dgate.data_ptr() + size * dgate.element_size() if up is None else dup.data_ptr()
+    _launch(
+        "swiglu_backward", grad.device, _kind(options), code, grad.data_ptr(), left.data_ptr(), left_stride, right.data_ptr(),
+        right_stride, dgate.data_ptr(), into, out_stride, rows, cols,
+    )  # fmt: skip
+    return dgate, dup
+
+
+for _name in ("swiglu", "geglu"):
+    implement(_name, "cuda")(_gated)
+    implement(f"{_name}_backward", "cuda")(_gated_backward)
