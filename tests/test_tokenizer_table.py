@@ -5,7 +5,7 @@ import json
 import pytest
 from paths import ROOT
 
-from benchmarks import bench_tokenizer
+from fastgpt.benchmarks import bench_tokenizer
 
 
 def test_readme_has_the_table_of_the_result_file() -> None:
