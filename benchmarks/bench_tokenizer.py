@@ -35,8 +35,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import record
-from benchmarks.tokenizer_peers import PACKAGES, Peer, load, package_versions, train
+from . import record
+from .tokenizer_peers import PACKAGES, Peer, load, package_versions, train
 
 ROUNDS = 5
 TRAINED_TOKENS = 50_000
