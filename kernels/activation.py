@@ -51,10 +51,8 @@ def _sigmoid_slope(z):
 
 
 @triton.jit
-def activation_fwd_kernel(x_ptr, y_ptr, n_elements, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """y = f(x), BLOCK elements a program."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=offsets < n_elements).to(tl.float32)
+def activate(x, KIND: tl.constexpr):
+    """f(x) in fp32."""
     if KIND == "relu":
         y = tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
     elif KIND == "sigmoid":
@@ -68,15 +66,12 @@ def activation_fwd_kernel(x_ptr, y_ptr, n_elements, KIND: tl.constexpr, BLOCK: t
     else:
         u = SQRT_2_OVER_PI * (x + CUBIC * x * x * x)
         y = x / (1.0 + tl.exp(-2.0 * u))
-    tl.store(y_ptr + offsets, y, mask=offsets < n_elements)
+    return y
 
 
 @triton.jit
-def activation_bwd_kernel(grad_ptr, saved_ptr, dx_ptr, n_elements, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = dy * f'(x), BLOCK elements a program; `saved` is y for KEEPS_RESULT and x otherwise."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(grad_ptr + offsets, mask=offsets < n_elements).to(tl.float32)
-    v = tl.load(saved_ptr + offsets, mask=offsets < n_elements).to(tl.float32)
+def activate_backward(grad, v, KIND: tl.constexpr):
+    """grad * f'(x) in fp32; v is f(x) for KEEPS_RESULT and x otherwise."""
     if KIND == "relu":
         dx = tl.where(v <= 0.0, 0.0, grad)
     elif KIND == "sigmoid":
@@ -92,7 +87,24 @@ def activation_bwd_kernel(grad_ptr, saved_ptr, dx_ptr, n_elements, KIND: tl.cons
         u = SQRT_2_OVER_PI * (v + CUBIC * v * v * v)
         slope = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * v * v)
         dx = grad * (1.0 / (1.0 + tl.exp(-2.0 * u)) + 2.0 * v * _sigmoid_slope(2.0 * u) * slope)
-    tl.store(dx_ptr + offsets, dx, mask=offsets < n_elements)
+    return dx
+
+
+@triton.jit
+def activation_fwd_kernel(x_ptr, y_ptr, n_elements, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """y = f(x), BLOCK elements a program."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=offsets < n_elements).to(tl.float32)
+    tl.store(y_ptr + offsets, activate(x, KIND), mask=offsets < n_elements)
+
+
+@triton.jit
+def activation_bwd_kernel(grad_ptr, saved_ptr, dx_ptr, n_elements, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """dx = dy * f'(x), BLOCK elements a program; `saved` is y for KEEPS_RESULT and x otherwise."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr + offsets, mask=offsets < n_elements).to(tl.float32)
+    v = tl.load(saved_ptr + offsets, mask=offsets < n_elements).to(tl.float32)
+    tl.store(dx_ptr + offsets, activate_backward(grad, v, KIND), mask=offsets < n_elements)
 
 
 def activation(kind: str, x: Tensor) -> Tensor:

@@ -28,7 +28,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import activation, attention, attention_backward, cross_entropy, launch, layer_norm, softmax
+from fastgpt.kernels import (
+    activation,
+    attention,
+    attention_backward,
+    cross_entropy,
+    launch,
+    layer_norm,
+    softmax,
+    swiglu,
+)
 
 ARCHITECTURES = (80, 90, 100)  # compiled where nothing else is asked for
 SHARED_LIMIT_BYTES = {
@@ -108,12 +117,22 @@ def layer_norm_calls() -> Calls:
         yield f"{what} backward", partial(layer_norm.layer_norm_backward, x, x, p, s, s, True)
 
 
+def swiglu_calls() -> Calls:
+    for dtype, kind in itertools.product((HALF, FULL), swiglu.KINDS):
+        x, both = meta(8, 1024, 2048, dtype=dtype), meta(8, 1024, 4096, dtype=dtype)
+        what = f"{NAMES[dtype]} {kind}"
+        for name, pair in (("", (x, x)), (" packed", (both, None))):
+            yield what + name, partial(swiglu.gated, kind, *pair)
+            yield f"{what}{name} backward", partial(swiglu.gated_backward, kind, x, *pair)
+
+
 CALLS: dict[str, Callable[[], Calls]] = {
     "activation": activation_calls,
     "attention": attention_calls,
     "cross_entropy": cross_entropy_calls,
     "layer_norm": layer_norm_calls,
     "softmax": softmax_calls,
+    "swiglu": swiglu_calls,
 }
 
 

@@ -59,7 +59,19 @@ def test_without_a_gpu_the_engine_says_why(monkeypatch):
 def test_every_op_on_it_has_its_gradient_on_it():
     tables = backend._implementations
     here = {name for name, table in tables.items() if "triton" in table}
-    assert {"attention", "cross_entropy", "gelu", "layer_norm", "relu", "sigmoid", "silu", "softmax", "tanh"} <= here
+    assert {
+        "attention",
+        "cross_entropy",
+        "geglu",
+        "gelu",
+        "layer_norm",
+        "relu",
+        "sigmoid",
+        "silu",
+        "softmax",
+        "swiglu",
+        "tanh",
+    } <= here
     for name in here:
         backward = f"{name.removesuffix('_backward')}_backward"
         assert backward not in tables or backward in here, f"{backward} has no kernel"

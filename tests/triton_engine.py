@@ -31,25 +31,30 @@ else:
 gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="sizes for a GPU")]
 
 
-def round_as_hardware_does() -> None:
-    """Let the interpreter round float32 to bfloat16 to the nearest even value; it truncates, and no chip does."""
+def convert_as_hardware_does() -> None:
+    """Let the interpreter round float32 to bfloat16 to the nearest even value, where it truncates, and widen every bfloat16 to its
+    value in float32, where it loses that of the subnormal ones; no chip does either."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast = InterpreterBuilder.cast_impl
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            wide = torch.tensor(src.data).view(torch.bfloat16).to(torch.float32).numpy()
+            return TensorHandle(wide, dst_type.scalar)
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
             return cast(self, src, dst_type)
         rounded = torch.tensor(src.data).to(torch.bfloat16).view(torch.uint16).numpy()
         return TensorHandle(rounded, dst_type.scalar)
 
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_ext = lambda self, src, dst_type: self.cast_impl(src, dst_type)
     InterpreterBuilder.create_fp_trunc = lambda self, src, dst_type: self.cast_impl(src, dst_type)
 
 
 if DEVICE == "cpu":
-    round_as_hardware_does()
+    convert_as_hardware_does()
 
 
 @pytest.fixture

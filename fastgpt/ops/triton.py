@@ -79,6 +79,32 @@ for _name in ("relu", "sigmoid", "tanh", "silu", "gelu"):
     _activation(_name)
 
 
+def _gated(name: str) -> None:
+    """Register swiglu or geglu and its gradient; geglu's further argument chooses between two gelus."""
+
+    def kind(options: tuple[str, ...]) -> str:
+        return "silu" if not options else "gelu_tanh" if options[0] == "tanh" else "gelu"
+
+    def covers(gate: Tensor, *others: Tensor | None) -> None:
+        for x in others:
+            if x is not None and x.dtype != gate.dtype:
+                raise NotCovered(f"mixed dtypes {gate.dtype} and {x.dtype}")
+
+    @implement(name, "triton")
+    def forward(gate: Tensor, up: Tensor | None, *options: str) -> Tensor:
+        covers(gate, up)
+        return _run("swiglu", "gated", (gate, up), kind(options), gate, up)
+
+    @implement(f"{name}_backward", "triton")
+    def backward(grad: Tensor, gate: Tensor, up: Tensor | None, *options: str) -> tuple[Tensor, Tensor]:
+        covers(gate, up, grad)
+        return _run("swiglu", "gated_backward", (grad, gate, up), kind(options), grad, gate, up)
+
+
+for _name in ("swiglu", "geglu"):
+    _gated(_name)
+
+
 @implement("layer_norm", "triton")
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[-1] == 0:
