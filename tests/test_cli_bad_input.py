@@ -273,7 +273,7 @@ def test_ctrl_c_while_the_run_is_prepared_leaves_nothing(tmp_path):
     import time
 
     data = tmp_path / "big.txt"
-    data.write_text("some words that come again and again, and some that do not\n" * 200_000)
+    data.write_text("some words that come again and again, and some that do not\n" * 1_000_000)
     before = set(tree(tmp_path))
     process = subprocess.Popen(
         command(*arguments(data, tmp_path / "new" / "run", tokenizer__type="bpe")),

@@ -299,7 +299,7 @@ class GPT(torch.nn.Module):
         save_huggingface(self, folder, tokenizer)
 
     def _turns(
-        self, start: int, length: int, lengths: Sequence[int] | None
+        self, start: int, length: int, lengths: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(cos, sin) of positions start to start + length, or of those of each sequence of lengths, (length, D / 2) each; None where
         positions are learned."""
