@@ -1,6 +1,6 @@
 """Element-wise activations and their gradients: relu, sigmoid, tanh, silu, gelu by erf (arXiv 1606.08415) and GPT-2's gelu by tanh.
 
-Formulas in reference.py; here some are written in an equal form that keeps its precision in fp32:
+Formulas in fastgpt/ops/reference; here some are written in an equal form that keeps its precision in fp32:
 
     gelu by tanh: x / 2 * (1 + tanh u) = x / (1 + exp(-2 u)),   u = sqrt(2 / pi) * (x + 0.044715 x^3)
     s (1 - s) for a sigmoid s of z = e / (1 + e)^2,             e = exp(-|z|)

@@ -1,6 +1,6 @@
 """What every Triton launcher shares: tile sizes, and what is known about the device.
 
-Launchers take tensors in the ops' schemas (reference.py) and trust them: the dtypes are float32, float16 or bfloat16 and all
+Launchers take tensors in the ops' schemas (fastgpt/ops/reference) and trust them: the dtypes are float32, float16 or bfloat16 and all
 tensors lie on one device, which is the current one. `fastgpt.ops.triton` checks that; it is the only caller in the package.
 
 A launcher asks this module, never the device, so that `aot.py` can compile for an architecture that is not there.

@@ -9,7 +9,8 @@ from parity import DTYPES, assert_parity, check_op, random
 from torch.library import opcheck
 
 from fastgpt import ops
-from fastgpt.ops import reference
+from fastgpt.ops.reference.activation import by_name
+from fastgpt.ops.reference.linear import project
 
 ACTIVATIONS = {
     None: lambda x: x,
@@ -45,7 +46,7 @@ def medium():
     ids=str,
 )
 def test_parity(isa, dtype, shape):
-    check_op(ops.linear, F.linear, lambda x, w, b: reference._project(x, w, b), inputs(*shape, dtype), f"{shape}")
+    check_op(ops.linear, F.linear, project, inputs(*shape, dtype), f"{shape}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,7 +58,7 @@ def test_a_transposed_weight_is_read_where_it_is(isa, dtype, shape, monkeypatch)
     check_op(
         lambda x, w, b: ops.linear(x, w.t(), b),
         lambda x, w, b: torch.addmm(b, x, w),
-        lambda x, w, b: reference._project(x, w.t(), b),
+        lambda x, w, b: project(x, w.t(), b),
         [x, w.t().contiguous(), b],
         f"{shape}",
     )
@@ -77,7 +78,7 @@ def test_activation_and_residual(isa, activation, rows):
     check_op(
         lambda x, w, b, r: ops.linear(x, w, b, activation=activation, residual=r),
         lambda x, w, b, r: function(F.linear(x, w, b)) + r,
-        lambda x, w, b, r: reference._activate(reference._project(x, w, b), activation or "") + r,
+        lambda x, w, b, r: by_name(activation or "")(project(x, w, b)) + r,
         [*inputs(rows, 40, 50), random(rows, 50, seed=3)],
         f"{activation}",
     )

@@ -1,6 +1,6 @@
 """Element-wise activations: relu, sigmoid, tanh, gelu (erf and tanh forms), silu.
 
-Formulas in reference.py. relu, sigmoid and tanh keep their result for the gradient, gelu and silu their input. Results are contiguous.
+Formulas in reference/. relu, sigmoid and tanh keep their result for the gradient, gelu and silu their input. Results are contiguous.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def _define(name: str, keeps: str, option: str = "") -> Callable[..., Tensor]:
 
         code = cpu.dtype_code(x)
         x = x.contiguous()
-        y = torch.empty_like(x)
+        y = cpu.empty(x.shape, x.dtype)
         cpu.kernels.activation(_kind(name, options), code, x.data_ptr(), y.data_ptr(), x.numel(), cpu.threads())
         return y
 
@@ -40,7 +40,7 @@ def _define(name: str, keeps: str, option: str = "") -> Callable[..., Tensor]:
 
         code = cpu.dtype_code(grad)
         grad, saved = grad.contiguous(), saved.contiguous()
-        dx = torch.empty_like(grad)
+        dx = cpu.empty(grad.shape, grad.dtype)
         cpu.kernels.activation_backward(
             _kind(name, options), code, grad.data_ptr(), saved.data_ptr(), dx.data_ptr(), grad.numel(), cpu.threads()
         )

@@ -1,4 +1,4 @@
-"""AdamW over all parameters in one call, and the norm of all gradients. Formulas in reference.py.
+"""AdamW over all parameters in one call, and the norm of all gradients. Formulas in reference/.
 
 They mutate their arguments and have no gradient; `fastgpt.train.optimizer.AdamW` is the optimizer made of them.
 """

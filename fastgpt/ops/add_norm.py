@@ -1,6 +1,6 @@
 """A residual and the norm after it in one pass: summed = input + residual, normed = norm(summed).
 
-Formulas in reference.py, kernel in csrc/cpu/layer_norm.inl. The sum is rounded to its dtype first, so the results are those of the
+Formulas in reference/, kernel in csrc/cpu/layer_norm.inl. The sum is rounded to its dtype first, so the results are those of the
 two steps alone. The backward pass takes the gradients of both results and gives both addends theirs, which is the same one.
 """
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that never stores the Tq x Tk matrix (arXiv 2205.14135). Formula in reference.py.
+"""Scaled dot-product attention that never stores the Tq x Tk matrix (arXiv 2205.14135). Formula in reference/.
 
 Dropout on the probabilities as in dropout.py; no additive mask.
 """

@@ -1,6 +1,6 @@
 """Registration of ops and the choice of engine.
 
-An op is a formula (reference.py) with several engines. Each is registered once in the torch namespace `fastgpt` by `define`, with its
+An op is a formula (reference/) with several engines. Each is registered once in the torch namespace `fastgpt` by `define`, with its
 schema, a fake implementation, an autograd rule and one implementation an engine. A call goes
 
     public function -> torch.ops.fastgpt.<op> -> the first engine of the device that covers the input

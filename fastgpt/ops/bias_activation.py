@@ -1,4 +1,4 @@
-"""An activation of x + bias in one pass: what `ops.gelu(x, bias=b)` and its kin call. Formula in reference.py.
+"""An activation of x + bias in one pass: what `ops.gelu(x, bias=b)` and its kin call. Formula in reference/.
 
 The sum x + bias is not rounded before the activation, and the bias's gradient is summed while the input's is written.
 """
@@ -21,7 +21,7 @@ def _cpu(x: Tensor, bias: Tensor, kind: str) -> Tensor:
 
     code, bias_code = cpu.dtype_code(x), cpu.dtype_code(bias)
     x, bias = x.contiguous(), bias.contiguous()
-    y = torch.empty_like(x)
+    y = cpu.empty(x.shape, x.dtype)
     cols = bias.numel()
     rows = x.numel() // cols if cols else 0
     cpu.kernels.bias_activation(
@@ -37,7 +37,7 @@ def _cpu_backward(grad: Tensor, saved: Tensor, bias: Tensor, kind: str, needs_bi
     if grad.dtype != saved.dtype:
         raise NotCovered(f"a gradient of {grad.dtype} for an input of {saved.dtype}")
     grad, saved, bias = grad.contiguous(), saved.contiguous(), bias.contiguous()
-    dx = torch.empty_like(grad)
+    dx = cpu.empty(grad.shape, grad.dtype)
     dbias = bias.new_empty(bias.shape if needs_bias else 0)
     cols = bias.numel()
     rows = grad.numel() // cols if cols else 0

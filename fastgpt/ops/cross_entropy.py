@@ -1,4 +1,4 @@
-"""Cross-entropy of logits with integer targets, fused with the log-softmax. Formula in reference.py.
+"""Cross-entropy of logits with integer targets, fused with the log-softmax. Formula in reference/.
 
 No class weights, no probabilities as targets, no spatial dimensions.
 """

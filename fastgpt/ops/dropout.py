@@ -1,4 +1,4 @@
-"""Dropout (arXiv 1207.0580) with the mask made from a seed by Philox, alone or with a residual added. Formula in reference.py.
+"""Dropout (arXiv 1207.0580) with the mask made from a seed by Philox, alone or with a residual added. Formula in reference/.
 
 Nothing is stored for the backward but the seed: it makes the same mask again. No feature-wise or in-place dropout.
 """

@@ -1,4 +1,4 @@
-"""Embedding: rows of a matrix by their numbers, and a backward that touches only the rows that occur. Formula in reference.py.
+"""Embedding: rows of a matrix by their numbers, and a backward that touches only the rows that occur. Formula in reference/.
 
 No max_norm, no scaling by frequency, no sparse gradients.
 """

@@ -1,4 +1,4 @@
-"""Layer normalisation over the last dimensions (arXiv 1607.06450). Formula in reference.py."""
+"""Layer normalisation over the last dimensions (arXiv 1607.06450). Formula in reference/."""
 
 import math
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ def run_cpu(
     residual = None if residual is None else residual.contiguous()
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty_like(x if residual is None else residual)
-    summed = x if residual is None else torch.empty_like(y)
+    y = cpu.empty(x.shape, x.dtype if residual is None else residual.dtype)
+    summed = x if residual is None else cpu.empty(y.shape, y.dtype)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
     cpu.kernels.layer_norm(
@@ -68,7 +68,7 @@ def run_cpu_backward(
     grad, x = grad.contiguous(), x.contiguous()
     grad_sum = None if grad_sum is None else grad_sum.contiguous()
     weight = None if weight is None else weight.contiguous()
-    dx = torch.empty_like(x)
+    dx = cpu.empty(x.shape, x.dtype)
     dx_half = torch.empty(x.shape if needs_half else 0, dtype=torch.bfloat16)
     dweight = torch.empty(x.shape[-1] if needs_params else 0, dtype=x.dtype if weight is None else weight.dtype)
     dbias = torch.empty_like(dweight)

@@ -1,4 +1,4 @@
-"""Linear layers with what follows them fused into the product: activation(x W^T + bias) + residual. Formula in reference.py.
+"""Linear layers with what follows them fused into the product: activation(x W^T + bias) + residual. Formula in reference/.
 
 The CPU engine multiplies with a packed product of its own (csrc/cpu/product.inl): fp32, or bf16 pairs summed in fp32 where the tensors
 are bf16, autocast says so, or `torch.set_float32_matmul_precision("medium")` allows it.
@@ -62,8 +62,8 @@ def _cpu(
     residual = None if residual is None else residual.contiguous()
     out, width = weight.shape
     shape = (*x.shape[:-1], out)
-    y = torch.empty(shape, dtype=dtype)
-    slope = torch.empty(_slope_shape(shape, activation, keeps), dtype=dtype)
+    y = cpu.empty(shape, dtype)
+    slope = cpu.empty(_slope_shape(shape, activation, keeps), dtype)
     cpu.kernels.linear(
         products_in_halves(dtype), transposed, x_code, w_code, y_code, residual_code, x.data_ptr(), weight.data_ptr(),
         cpu.address(bias), KINDS[activation] if activation else -1, slope.data_ptr() if slope.numel() else 0,
@@ -83,7 +83,7 @@ def _cpu_backward(
     grad, x, weight = grad.contiguous(), x.contiguous(), weight if transposed else weight.contiguous()
     out, width = weight.shape
     rows = x.numel() // max(width, 1)
-    dx = torch.empty(x.shape if needs_x else 0, dtype=x.dtype)
+    dx = cpu.empty(x.shape if needs_x else (0,), x.dtype)
     dweight = empty_gradient(weight, transposed) if needs_weight else weight.new_empty(0)
     dbias = torch.empty(out if needs_bias else 0, dtype=weight.dtype)
     if needs_x:

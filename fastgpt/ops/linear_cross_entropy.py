@@ -41,14 +41,14 @@ def _cpu(
     counted = cpu.kernels.count_targets(target.data_ptr(), rows, classes, ignore_index)
     scale = 1.0 if reduction == "sum" else 1.0 / counted if counted else 0.0
     losses, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float64)
-    dx = torch.empty(x.shape if keeps else 0, dtype=x.dtype)
-    dweight = torch.empty(weight.shape if keeps else 0, dtype=torch.float32)
+    dx = cpu.empty(x.shape if keeps else (0,), x.dtype)
+    dweight = cpu.empty(weight.shape if keeps else (0,), torch.float32)
     if rows == 0:
         dweight.zero_()
     half = products_in_halves(dtype)
     threads = cpu.threads()
     chunk = _chunk_rows(rows, classes, dtype.itemsize)
-    logits = torch.empty(chunk, classes, dtype=dtype)
+    logits = cpu.empty((chunk, classes), dtype)
     for first in range(0, rows, max(chunk, 1)):
         count = min(chunk, rows - first)
         x_part = x.data_ptr() + first * width * x.element_size()

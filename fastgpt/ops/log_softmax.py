@@ -1,4 +1,4 @@
-"""log_softmax over one dimension. Formula in reference.py."""
+"""log_softmax over one dimension. Formula in reference/."""
 
 from typing import Any
 

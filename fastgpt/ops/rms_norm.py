@@ -1,4 +1,4 @@
-"""RMS normalisation over the last dimensions (arXiv 1910.07467). Formula in reference.py, kernel in csrc/cpu/layer_norm.inl."""
+"""RMS normalisation over the last dimensions (arXiv 1910.07467). Formula in reference/, kernel in csrc/cpu/layer_norm.inl."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864). Formula in reference.py.
+"""Rotary position embedding (RoPE, arXiv 2104.09864). Formula in reference/.
 
 Queries and keys turn by angles that grow with the position, so that their products depend on the distance between positions only.
 """

@@ -1,4 +1,4 @@
-"""softmax with a scale, an additive mask and a causal limit fused in. Formula in reference.py."""
+"""softmax with a scale, an additive mask and a causal limit fused in. Formula in reference/."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def _cpu(x: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tenso
             mask = mask.reshape(batch, heads, queries, cols)
         strides = [0] * (4 - mask.dim()) + list(mask.stride())[:-1] if mask.dim() > 1 else strides
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = cpu.empty(x.shape, x.dtype)
     cpu.kernels.softmax(
         code,
         x.data_ptr(),
@@ -59,7 +59,7 @@ def _cpu_backward(grad: Tensor, y: Tensor, scale: float) -> Tensor:
 
     code = cpu.dtype_code(grad)
     grad, y = grad.contiguous(), y.contiguous()
-    dx = torch.empty_like(grad)
+    dx = cpu.empty(grad.shape, grad.dtype)
     cols = grad.shape[-1]
     rows = grad.numel() // cols if cols else 0
     cpu.kernels.softmax_backward(code, grad.data_ptr(), y.data_ptr(), dx.data_ptr(), rows, cols, scale, cpu.threads())

@@ -1,6 +1,6 @@
 """Gated linear units without their matrix products (arXiv 2002.05202, equations 5 and 6): swiglu and geglu.
 
-Formulas in reference.py. Gate and up may be the two halves of one tensor, as one matrix product for both leaves them: their rows
+Formulas in reference/. Gate and up may be the two halves of one tensor, as one matrix product for both leaves them: their rows
 are read where they are, and with `swiglu(both)` the gradient is one tensor too.
 """
 
@@ -51,7 +51,7 @@ def _cpu(gate: Tensor, up: Tensor | None, *options: str) -> Tensor:
     gate, up = _halves(gate, up)
     if gate.dtype != up.dtype:
         raise NotCovered(f"gate {gate.dtype} with up {up.dtype}")
-    y = torch.empty(gate.shape, dtype=gate.dtype)
+    y = cpu.empty(gate.shape, gate.dtype)
     if y.numel() == 0:
         return y
     (gate, gate_stride), (up, up_stride) = _rows(gate), _rows(up)
@@ -71,8 +71,8 @@ def _cpu_backward(grad: Tensor, gate: Tensor, up: Tensor | None, *options: str) 
     for name, x in (("up", right), ("a gradient", grad)):
         if x.dtype != gate.dtype:
             raise NotCovered(f"gate {gate.dtype} with {name} of {x.dtype}")
-    dgate = torch.empty(gate.shape, dtype=gate.dtype)
-    dup = torch.empty(0 if packed else right.shape, dtype=gate.dtype)
+    dgate = cpu.empty(gate.shape, gate.dtype)
+    dup = cpu.empty((0,) if packed else right.shape, gate.dtype)
     if grad.numel() == 0:
         return dgate, dup
     grad = grad.contiguous()

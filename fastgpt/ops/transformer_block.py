@@ -5,7 +5,7 @@
 
 In a small model most of a step is the way through Python and the dispatcher, thirteen times a block; in a large one the passes
 over memory between the products. `fastgpt.model.Block` takes this op where `covers` says so, and the same parts one by one
-elsewhere. Formula in reference.py, made of the parts' own formulas.
+elsewhere. Formula in reference/, made of the parts' own formulas.
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ from emu.emulator import MODES, EmulationError, Emulator
 from fastgpt.ops import reference
 from fastgpt.ops.bias_activation import KINDS
 from fastgpt.ops.dropout import threshold
+from fastgpt.ops.reference.activation import by_name
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
 
@@ -27,14 +28,8 @@ def emulator() -> Emulator:
     return Emulator("pointwise", BUGS)
 
 
-def formulas(kind: str) -> tuple:
-    forward, options = reference._activation(kind)
-    backward, _ = reference._activation(kind, backward=True)
-    return lambda x: forward(x, *options), lambda g, kept: backward(g, kept, *options)
-
-
 def check_activation(emulator: Emulator, kind: str, n: int, dtype: torch.dtype, **run: object) -> None:
-    forward, backward = formulas(kind)
+    forward, backward = by_name(kind), by_name(kind, backward=True)
     x, grad = random(n, dtype=dtype, scale=3.0, seed=n), random(n, dtype=dtype, seed=n + 1)
     y, dx = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
     emulator("activation", TYPES.index(dtype), KINDS[kind], x, None, y, n, **run)
@@ -73,7 +68,7 @@ def test_values_that_are_not_finite(emulator: Emulator, kind: str) -> None:
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 1e30, -1e30, 88.0, -104.0])
     y = torch.zeros_like(x)
     emulator("activation", 0, KINDS[kind], x, None, y, 8)
-    expected = formulas(kind)[0](x)
+    expected = by_name(kind)(x)
     torch.testing.assert_close(y, expected, equal_nan=True)
 
 
