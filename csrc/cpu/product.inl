@@ -63,6 +63,26 @@ void pack_strips(const T* x, int64_t stride, int64_t depth, int64_t rows, typena
   }
 }
 
+// Rows of A as they lie; where they are far apart, each is asked for while the one before it is packed.
+template <class Math, class T>
+void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, typename Math::Element* out, int64_t ld) {
+  constexpr int64_t kPiece = 512;  // numbers
+  constexpr int64_t kPage = 4096 / int64_t{sizeof(T)};
+  if (stride < kPage) {
+    Pack<Math>::rows(x, stride, rows, depth, out, ld);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r, x += stride, out += ld) {
+    for (int64_t d = 0; d < depth; d += kPiece) {
+      const int64_t n = std::min(kPiece, depth - d);
+      if (r + 1 < rows) {
+        for (int64_t i = 0; i < n; i += 64 / int64_t{sizeof(T)}) __builtin_prefetch(x + stride + d + i);
+      }
+      Pack<Math>::rows(x + d, stride, 1, n, out + d / Math::kTerms, ld);
+    }
+  }
+}
+
 template <class Math, bool kTransposed, int kColumns>
 void product_tile(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t depth,
                   float* tile) {
@@ -80,10 +100,10 @@ void product_tile(const typename Math::Element* a, int64_t lda, const typename M
 
 // A is (rows, depth), or (depth, rows) in memory where kTransposedA; B is (depth, columns), or (columns, depth) in
 // memory where kTransposedB. finish(r, c, height, width, tile) takes rows r.. and columns c.. of the result from
-// tile[i * kPanel + j].
-template <class Math, bool kTransposedA, bool kTransposedB, class Finish>
+// tile[i * kPanel + j]; prefetch(r, c, height, width) is called before they are computed.
+template <class Math, bool kTransposedA, bool kTransposedB, class Prefetch, class Finish>
 void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, int64_t depth, int threads,
-                  const Finish& finish) {
+                  const Prefetch& prefetch, const Finish& finish) {
   using Element = typename Math::Element;
   if (rows <= 0 || columns <= 0) return;
   const int64_t steps = (depth + Math::kTerms - 1) / Math::kTerms;
@@ -91,11 +111,14 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
   const int64_t panels = (columns + kPanel - 1) / kPanel;
   const int64_t panels_at_once = std::clamp<int64_t>(kPackedBytes / (panel_size * sizeof(Element) + 1), 1, panels);
 
-  int64_t block = std::min(kMostBlockRows, kBlockBytes / (steps * int64_t{sizeof(Element)} + 1));
-  block = std::max<int64_t>(block / kProductRows, 1) * kProductRows;
-  const int64_t rounds = (rows + block * threads - 1) / (block * threads);  // as many blocks for each thread
-  block = std::min(block, round_up((rows + rounds * threads - 1) / (rounds * threads), kProductRows));
-  const int64_t blocks = (rows + block - 1) / block;
+  // Blocks of whole strips of kProductRows rows, as many for each thread and as even as they can be, the larger first.
+  const int64_t strips = (rows + kProductRows - 1) / kProductRows;
+  const int64_t most_strips = std::max<int64_t>(
+      std::min(kMostBlockRows, kBlockBytes / (steps * int64_t{sizeof(Element)} + 1)) / kProductRows, 1);
+  const int64_t rounds = (strips + most_strips * threads - 1) / (most_strips * threads);
+  const int64_t blocks = std::min(strips, rounds * threads);
+  const int64_t larger = strips % blocks;
+  const auto block_row = [&](int64_t i) { return (strips / blocks * i + std::min(i, larger)) * kProductRows; };
   const int64_t lda = kTransposedA ? kProductRows : round_up(steps, kLanes);
   const int64_t strip_size = kTransposedA ? kProductRows * steps : kProductRows * lda;  // of kProductRows rows
 
@@ -129,20 +152,22 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
           });
         }
       }
-      Element* rows_of_a = static_cast<Element*>(packed_memory<1>(block / kProductRows * strip_size * sizeof(Element)));
+      Element* rows_of_a =
+          static_cast<Element*>(packed_memory<1>((strips / blocks + 1) * strip_size * sizeof(Element)));
       float* tile = static_cast<float*>(packed_memory<2>(kProductRows * kPanel * sizeof(float)));
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
-        const int64_t r0 = i * block, height = std::min(block, rows - r0);
+        const int64_t r0 = block_row(i), height = std::min(block_row(i + 1), rows) - r0;
         if (kTransposedA) {
           with_matrix(a, 0, r0, [&](auto* x) { pack_strips<Math>(x, a.stride, depth, height, rows_of_a); });
         } else {
-          with_matrix(a, r0, 0, [&](auto* x) { Pack<Math>::rows(x, a.stride, height, depth, rows_of_a, lda); });
+          with_matrix(a, r0, 0, [&](auto* x) { pack_rows<Math>(x, a.stride, height, depth, rows_of_a, lda); });
         }
         for (int64_t p = 0; p < count; ++p) {
           const int64_t c = (first + p) * kPanel;
           const int width = static_cast<int>(std::min<int64_t>(kPanel, columns - c));
           for (int64_t r = 0; r < height; r += kProductRows) {
             // Rows beyond the height hold an earlier block's numbers: computed, never stored.
+            prefetch(r0 + r, c, static_cast<int>(std::min<int64_t>(kProductRows, height - r)), width);
             const Element* from = rows_of_a + r / kProductRows * strip_size;
             const auto tiles = [&](auto wide) {
               product_tile<Math, kTransposedA, decltype(wide)::value>(from, lda, packed + p * panel_size, steps, tile);
@@ -183,13 +208,20 @@ void product(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, in
   const int64_t parts = std::max<int64_t>(
       1, (depth + std::min(most_depth, kPanelBytes / panel_row) - 1) / std::min(most_depth, kPanelBytes / panel_row));
   if (parts == 1 && !sums.started) {
-    product_part<Math, kTransposedA, kTransposedB>(a, b, rows, columns, depth, threads, finish);
+    product_part<Math, kTransposedA, kTransposedB>(
+        a, b, rows, columns, depth, threads, [](int64_t, int64_t, int, int) {}, finish);
     return;
   }
   if (sums.data == nullptr) sums.data = static_cast<float*>(packed_memory<3>(rows * columns * int64_t{sizeof(float)}));
   const int64_t part = round_up((depth + parts - 1) / parts, kTermsAtOnce);
   for (int64_t k = 0; k == 0 || k < depth; k += part) {
     const bool add = k > 0 || sums.started, last = k + part >= depth;
+    const auto prefetch = [&](int64_t r0, int64_t c0, int height, int width) {
+      if (!add) return;
+      for (int i = 0; i < height; ++i) {
+        for (int j = 0; j < width; j += kLanes) __builtin_prefetch(sums.data + (r0 + i) * columns + c0 + j, 1);
+      }
+    };
     const auto keep = [&](int64_t r0, int64_t c0, int height, int width, float* tile) {
       for (int i = 0; i < height; ++i) {
         float* place = sums.data + (r0 + i) * columns + c0;
@@ -205,6 +237,6 @@ void product(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, in
     const int64_t depth_here = std::max<int64_t>(0, std::min(part, depth - k));
     product_part<Math, kTransposedA, kTransposedB>(kTransposedA ? a.from(k, 0) : a.from(0, k),
                                                    kTransposedB ? b.from(0, k) : b.from(k, 0), rows, columns,
-                                                   depth_here, threads, keep);
+                                                   depth_here, threads, prefetch, keep);
   }
 }
