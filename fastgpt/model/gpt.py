@@ -63,6 +63,9 @@ def _norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.has_bias("norm"))
 
 
+_WHOLE = (LayerNorm, torch.nn.Linear, torch.nn.Linear) * 2  # the parts of a block that is one op
+
+
 class Block(torch.nn.Module):
     """One block: causal self-attention, then the MLP, each behind a norm and added to the residual stream.
 
@@ -91,14 +94,16 @@ class Block(torch.nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        if cache is None and rope is None and lengths is None and covers(x) and self._is_whole():
-            return self._in_one_call(x)
+        if cache is None and rope is None and lengths is None and covers(x):
+            parts = self._whole_parts()
+            if parts is not None:
+                return self._in_one_call(x, parts)
         x = x + self.attn(self.ln_1(x), cache, rope, lengths)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
-    def _is_whole(self) -> bool:
-        """Whether the parts are what the constructor made, so that one op may stand for all of them: no other module in the place of
-        one (LoRA), no hook that expects to see its result, no dropout to apply."""
+    def _whole_parts(self) -> tuple[torch.nn.Module, ...] | None:
+        """Norms and linear layers in order, where they are what the constructor made, so that one op may stand for all of them: no
+        other module in the place of one (LoRA), no hook that expects to see its result, no dropout to apply. Else None."""
         attn, mlp = self.attn, self.mlp
         if (
             type(attn) is not CausalSelfAttention
@@ -106,22 +111,18 @@ class Block(torch.nn.Module):
             or mlp.activation not in ACTIVATIONS
             or (self.training and (attn.dropout or mlp.dropout))
         ):
-            return False
-        norms = (self.ln_1, self.ln_2)
-        linears = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
-        return (
-            all(type(part) is LayerNorm for part in norms)
-            and all(type(part) is torch.nn.Linear for part in linears)
-            and not any(_has_hooks(part) for part in (attn, mlp, *norms, *linears))
-        )
+            return None
+        parts = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
+        if tuple(map(type, parts)) != _WHOLE or any(map(_has_hooks, (attn, mlp, *parts))):
+            return None
+        return parts
 
-    def _in_one_call(self, x: torch.Tensor) -> torch.Tensor:
-        ln_1, ln_2 = cast(LayerNorm, self.ln_1), cast(LayerNorm, self.ln_2)  # `_is_whole` has seen to it
-        parts = (ln_1, self.attn.c_attn, self.attn.c_proj, ln_2, self.mlp.c_fc, self.mlp.c_proj)
-        params = [p for part in parts for p in (part.weight, part.bias)]
-        heads, kv_heads, _ = self.attn.heads
+    def _in_one_call(self, x: torch.Tensor, parts: tuple[torch.nn.Module, ...]) -> torch.Tensor:
+        params = [part._parameters[name] for part in parts for name in ("weight", "bias")]
+        attn, mlp, ln_1 = self.attn, self.mlp, cast(LayerNorm, parts[0])
+        heads, kv_heads, _ = attn.heads
         return ops.transformer_block(
-            x, params, n_head=heads, n_kv_head=kv_heads, activation=self.mlp.activation, eps=ln_1.eps
+            x, params, n_head=heads, n_kv_head=kv_heads, activation=mlp.activation, eps=ln_1.eps
         )
 
 

@@ -125,7 +125,8 @@ def adamw(
     if shadows and len(shadows) != len(params):
         raise ValueError(f"adamw: shadows has length {len(shadows)}, expected 0 or that of params, {len(params)}")
     for tensors in zip(*lists, *([shadows] if shadows else []), strict=True):
-        if any(x.shape != tensors[0].shape for x in tensors):
+        shape = tensors[0].shape
+        if any(x.shape != shape for x in tensors):
             raise ValueError(f"adamw: shapes differ: {[tuple(x.shape) for x in tensors]}")
     if step < 1:
         raise ValueError(f"adamw: step is {step}, expected 1 or more")

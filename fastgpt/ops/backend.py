@@ -174,8 +174,8 @@ class Op:
 
     The way through torch's dispatcher into Python and back is more than half of a small call (softmax of 8 x 16, forward and backward:
     129 us through it, 60 past it, where an empty autograd.Function takes 50). A call that only the engine will see goes to the autograd
-    rule and to the engine itself; every other (tensor subclasses, modes, transforms, the compiler, the profiler, autocast, ops that
-    write to their arguments) goes through the dispatcher.
+    rule and to the engine itself; every other (tensor subclasses, modes, transforms, the compiler, the profiler, autocast) goes through
+    the dispatcher. Who calls an op that writes to its arguments increments their versions: the dispatcher is not always there to do it.
     """
 
     def __init__(
@@ -185,10 +185,9 @@ class Op:
         self.overload = overload
         self.rule = rule
         self.autocast = autocast
-        self.mutates = overload._schema.is_mutable
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or self.mutates or not _only_the_engine_looks(args, self.autocast):
+        if torch.compiler.is_compiling() or not _only_the_engine_looks(args, self.autocast):
             return self.overload(*args)
         if self.rule is not None and _needs_gradient(args):
             return self.rule.apply(*args)
@@ -203,10 +202,14 @@ def _only_the_engine_looks(args: tuple[Any, ...], autocast: bool) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return False
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    if not all(type(x) in _PLAIN and x.layout is torch.strided and not (x.is_meta or x.is_neg()) for x in tensors):
-        return False
-    return bool(tensors) and not (autocast and torch.is_autocast_enabled(tensors[0].device.type))
+    first = None
+    for arg in args:
+        for x in arg if type(arg) is list else (arg,):
+            if isinstance(x, torch.Tensor):
+                if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_meta or x.is_neg():
+                    return False
+                first = x if first is None else first
+    return first is not None and not (autocast and torch.is_autocast_enabled(first.device.type))
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:

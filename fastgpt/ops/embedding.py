@@ -87,6 +87,7 @@ class _Rule(torch.autograd.Function):
         into = None if ctx.leaf is None else ctx.leaf.grad
         if into is not None and into.layout == torch.strided:
             _embedding_accumulate(into, grad, input_ids, ctx.padding_idx)
+            torch.autograd.graph.increment_version(into)
             return None, None, None, None
         return None, _embedding_backward(grad, input_ids, ctx.rows, ctx.padding_idx), None, None
 

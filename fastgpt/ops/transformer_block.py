@@ -272,7 +272,7 @@ def transformer_block_with_qkv(
     shapes = [(width,), (out, width), (width, width), (width,), (hidden, width), (width, hidden)]
     for i, p in enumerate(params):
         shape = shapes[i // 2] if i % 2 == 0 else shapes[i // 2][:1]
-        if (p is None and i % 2 == 0) or (p is not None and tuple(p.shape) != shape):
+        if (p is None and i % 2 == 0) or (p is not None and p.shape != shape):
             got = None if p is None else tuple(p.shape)
             raise ValueError(f"transformer_block: params[{i}] has shape {got}, expected {shape}")
     inner = input.dtype

@@ -123,33 +123,37 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            group["steps"] += 1
-            with_gradient = [p for p in group["params"] if p.grad is not None and _local(p).numel()]
-            for params, shadows in self._by_shadow(with_gradient):
-                moments = [self.moments(p) for p in params]
-                ops.adamw(
-                    [_local(p) for p in params],
-                    [_local(p.grad) for p in params if p.grad is not None],
-                    [_local(moment["exp_avg"]) for moment in moments],
-                    [_local(moment["exp_avg_sq"]) for moment in moments],
-                    step=group["steps"],
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    grad_scale=grad_scale,
-                    shadows=shadows,
-                    zero_grads=zero_grads,
-                )
+        for (steps, rate, betas, eps, has_shadows), (params, decays) in self._calls().items():
+            moments = [self.moments(p) for p in params]
+            ops.adamw(
+                [_local(p) for p in params],
+                [_local(p.grad) for p in params if p.grad is not None],
+                [_local(moment["exp_avg"]) for moment in moments],
+                [_local(moment["exp_avg_sq"]) for moment in moments],
+                step=steps,
+                lr=rate,
+                betas=betas,
+                eps=eps,
+                weight_decay=decays,
+                grad_scale=grad_scale,
+                shadows=[self.shadows[p] for p in params] if has_shadows else [],
+                zero_grads=zero_grads,
+            )
         return loss
 
-    def _by_shadow(self, params: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """The parameters without a shadow, and those with one beside their shadows; empty lists left out."""
-        without = [p for p in params if p not in self.shadows]
-        shadowed = [p for p in params if p in self.shadows]
-        calls = [(without, []), (shadowed, [self.shadows[p] for p in shadowed])]
-        return [call for call in calls if call[0]]
+    def _calls(self) -> dict[tuple[int, float, tuple[float, float], float, bool], tuple[list[Tensor], list[float]]]:
+        """The parameters that have a gradient, and their decay, by all that one call of the op takes once: groups that differ in
+        nothing else are updated together. Counts the step."""
+        calls: dict[Any, tuple[list[Tensor], list[float]]] = {}
+        for group in self.param_groups:
+            group["steps"] += 1
+            key = (group["steps"], group["lr"], tuple(group["betas"]), group["eps"])
+            for p in group["params"]:
+                if p.grad is not None and _local(p).numel():
+                    params, decays = calls.setdefault((*key, bool(self.shadows) and p in self.shadows), ([], []))
+                    params.append(p)
+                    decays.append(group["weight_decay"])
+        return calls
 
 
 def build_optimizer(
