@@ -38,12 +38,14 @@ struct BackwardTask {
   int columns;
   Element *q_columns, *do_columns;  // (depth, kBlock): transposed
   Element *q_pairs, *do_pairs;      // (kBlock / kTerms, wide)
-  Element *k_rows, *v_rows;         // (kBlock, row_ld)
-  Element* k_pairs;                 // (kBlock / kTerms, wide); k_rows itself where an element is a float
-  float *s, *dp;                    // (kBlock, kBlock): a key a row
-  float* drop;                      // (kBlock, kBlock): dropout's factors, a key a row
-  Element *p_rows, *ds_rows;        // (kBlock, kBlock / kTerms); s and dp themselves where an element is a float
-  Element* ds_pairs;                // (kBlock / kTerms, kBlock); dp itself where an element is a float
+  Element *k_room, *v_room;         // (kBlock, row_ld): packed, where they cannot be read in place
+  Rows<Math> k_rows, v_rows;
+  Element* k_pairs_room;  // (kBlock / kTerms, wide); k_room itself where an element is a float
+  Rows<Math> k_pairs;
+  float *s, *dp;              // (kBlock, kBlock): a key a row
+  float* drop;                // (kBlock, kBlock): dropout's factors, a key a row
+  Element *p_rows, *ds_rows;  // (kBlock, kBlock / kTerms); s and dp themselves where an element is a float
+  Element* ds_pairs;          // (kBlock / kTerms, kBlock); dp itself where an element is a float
   float *dq, *delta;
   float* lse;
 
@@ -56,17 +58,17 @@ struct BackwardTask {
     const int64_t block = Arena::room(kBlock * wide), square = kBlock * kBlock;
     Arena arena(8 * block + 6 * square + 2 * kBlock);
     for (Element** p : {&q_columns, &do_columns, &q_pairs, &do_pairs}) *p = arena.take<Element>(kBlock * wide);
-    k_rows = arena.take<Element>(kBlock * row_ld);
-    v_rows = arena.take<Element>(kBlock * row_ld);
+    k_room = arena.take<Element>(kBlock * row_ld);
+    v_room = arena.take<Element>(kBlock * row_ld);
     s = arena.take<float>(square);
     dp = arena.take<float>(square);
     drop = a.dropout.threshold > 0 ? arena.take<float>(square) : nullptr;
     if constexpr (kTerms == 1) {
-      k_pairs = k_rows;
+      k_pairs_room = k_room;
       p_rows = s;
       ds_rows = ds_pairs = dp;
     } else {
-      k_pairs = arena.take<Element>(kBlock / kTerms * wide);
+      k_pairs_room = arena.take<Element>(kBlock / kTerms * wide);
       for (Element** p : {&p_rows, &ds_rows, &ds_pairs}) *p = arena.take<Element>(square / kTerms);
     }
     dq = arena.take<float>(kBlock * wide);
@@ -97,18 +99,22 @@ struct BackwardTask {
 
   void load_keys(int64_t b, int64_t kv_head, int64_t j0, int64_t nk) {
     const T* k = at<const T>(a.k, b, kv_head, j0);
-    Pack<Math>::rows(k, a.k.stride_t, nk, a.dim, k_rows, row_ld);
-    if constexpr (kTerms == 2) Pack<Math>::pairs(k, a.k.stride_t, nk, a.dim, k_pairs, wide);
-    Pack<Math>::rows(at<const T>(a.v, b, kv_head, j0), a.v.stride_t, nk, a.dim, v_rows, row_ld);
+    k_pairs = pairs_of<Math>(k, a.k.stride_t, nk, a.dim, k_pairs_room, wide);
+    k_rows = rows_of<Math>(k, a.k.stride_t, nk, a.dim, k_room, row_ld);
+    v_rows = rows_of<Math>(at<const T>(a.v, b, kv_head, j0), a.v.stride_t, nk, a.dim, v_room, row_ld);
   }
 
   // rows * columns, a key a row, where some query of the vector sees some key of the tile.
-  void score(const Window& w, const Element* rows, const Element* lanes, float* out, const Ahead<T>& next) {
+  void score(const Window& w, const Rows<Math>& rows, const Element* lanes, float* out, const Ahead<T>& next) {
     for (int j = 0; j < w.keys; j += kTileRows) {
       next.fetch(j, kTileRows);
-      const auto place = [&](int r, int c) { return out + (j + r) * kBlock + c * kLanes; };
-      multiply_rows_in_chains<Math>(rows + j * row_ld, row_ld, lanes, kBlock, depth, w.first_vector(j), w.vectors,
-                                    place, [&](int r, int c, const Vec& v) { store(place(r, c), v); });
+      float* out_rows = out + j * kBlock;
+      multiply_rows_in_chains<Math>(rows.at + j * rows.ld, rows.ld, lanes, kBlock, depth, w.first_vector(j), w.vectors,
+                                    out_rows, kBlock, [&](int c, const auto& sums) {
+#pragma GCC unroll 8
+                                      for (int r = 0; r < kTileRows; ++r)
+                                        store(out_rows + r * kBlock + c * kLanes, sums[r]);
+                                    });
     }
   }
 
@@ -170,7 +176,7 @@ struct BackwardTask {
       const int64_t skip = w.first_vector(j) * kLanes / kTerms;
       const int64_t terms = std::max<int64_t>(0, (nq + kTerms - 1) / kTerms - skip);
       if (terms == 0 && !fresh) continue;
-      add_tile<false>(rows + j * (kBlock / kTerms) + skip, kBlock / kTerms, pairs + skip * wide, terms, fresh,
+      add_tile<false>(rows + j * (kBlock / kTerms) + skip, kBlock / kTerms, {pairs + skip * wide, wide}, terms, fresh,
                       out + j * wide);
     }
     if (fresh) std::fill(out + round_up(w.keys, kTileRows) * wide, out + kBlock * wide, 0.0f);  // for later queries
@@ -188,13 +194,18 @@ struct BackwardTask {
 
   // A block's sum is made by itself and then added: fewer roundings in a row than one long sum has.
   template <bool kTransposed>
-  INLINE void add_tile(const Element* x, int64_t ldx, const Element* y, int64_t terms, bool fresh, float* out) {
-    multiply_rows<Math, kTransposed>(
-        x, ldx, y, wide, terms, 0, columns, [](int, int, Vec& v) { v = Vec{}; },
-        [&](int r, int c, const Vec& sum) {
-          float* place = out + r * wide + c * kLanes;
-          store(place, fresh ? sum : load(place) + sum);
-        });
+  INLINE void add_tile(const Element* x, int64_t ldx, const Rows<Math>& y, int64_t terms, bool fresh, float* out) {
+    const int64_t ld = wide;
+    multiply_rows<Math, kTransposed>(x, ldx, y.at, y.ld, terms, 0, columns, [&](int c, const auto& sums) {
+      float* place = out + c * kLanes;
+      if (fresh) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r, place += ld) store(place, sums[r]);
+      } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r, place += ld) store(place, load(place) + sums[r]);
+      }
+    });
   }
 
   void run(HeadInWork& work, int64_t item) {

@@ -1,7 +1,7 @@
-// The forward over blocks of queries: a task is kPanels blocks of one head's queries, which share each packed block of
-// keys and values.
+// The forward over blocks of queries: a task is some blocks of one head's queries (a panel each), which share each
+// block of keys and values.
 
-constexpr int kPanels = 2;
+constexpr int kPanels = 4;  // at most
 
 template <class T>
 struct ForwardTask {
@@ -19,12 +19,14 @@ struct ForwardTask {
 
   const AttentionArgs& a;
   int64_t wide, depth, k_ld;  // dim in whole vectors, in terms, in terms of a packed key
-  Element* k;                 // (kBlock, k_ld)
-  Element* v;                 // (kBlock / kTerms, wide)
-  float* s;                   // (kBlock, kBlock): scores, a key a row
-  Element* p;                 // (kBlock / kTerms, kBlock): weights, transposed; s itself where an element is a float
-  const float scale;          // >= 0, times log2(e): the sign goes into q
-  float* drop;                // (kBlock, kBlock): dropout's factors, a key a row
+  Element* k_room;            // (kBlock, k_ld): packed keys, where they cannot be read in place
+  Rows<Math> k;
+  Element* v_room;  // (kBlock / kTerms, wide): packed values, likewise
+  Rows<Math> v;
+  float* s;           // (kBlock, kBlock): scores, a key a row
+  Element* p;         // (kBlock / kTerms, kBlock): weights, transposed; s itself where an element is a float
+  const float scale;  // >= 0, times log2(e): the sign goes into q
+  float* drop;        // (kBlock, kBlock): dropout's factors, a key a row
   Ahead<T> next_k, next_v;
   T* q_signed;  // (kBlock, dim): q with the scale's sign, where that is not +
   Panel panels[kPanels];
@@ -37,8 +39,8 @@ struct ForwardTask {
         scale(exponent_scale(a.scale)) {
     const int64_t block = Arena::room(kBlock * wide), lanes = Arena::room(kBlock);
     Arena arena((3 + 2 * kPanels) * block + 3 * kBlock * kBlock + 2 * kPanels * lanes + kPanels * kBlock);
-    k = arena.take<Element>(kBlock * k_ld);
-    v = arena.take<Element>(kBlock / kTerms * wide);
+    k_room = arena.take<Element>(kBlock * k_ld);
+    v_room = arena.take<Element>(kBlock / kTerms * wide);
     s = arena.take<float>(kBlock * kBlock);
     p = kTerms == 1 ? reinterpret_cast<Element*>(s) : arena.take<Element>(kBlock / kTerms * kBlock);
     drop = a.dropout.threshold > 0 ? arena.take<float>(kBlock * kBlock) : nullptr;
@@ -73,12 +75,17 @@ struct ForwardTask {
       const bool masked = w.masked(j, kTileRows);
       next_k.fetch(j, kTileRows);
       next_v.fetch(j, kTileRows);
-      const auto place = [&](int r, int c) { return s + (j + r) * kBlock + c * kLanes; };
-      multiply_rows_in_chains<Math>(k + j * k_ld, k_ld, panel.q, kBlock, depth, w.first_vector(j), w.vectors, place,
-                                    [&](int r, int c, const Vec& v) {
-                                      const Vec score = masked ? w.apply(j + r, c, v, kMinusInfinity) : v;
-                                      store(place(r, c), score);
-                                      most[c] = max(score, most[c]);
+      float* rows = s + j * kBlock;
+      multiply_rows_in_chains<Math>(k.at + j * k.ld, k.ld, panel.q, kBlock, depth, w.first_vector(j), w.vectors, rows,
+                                    kBlock, [&](int c, const auto& sums) {
+                                      Vec top = most[c];
+#pragma GCC unroll 8
+                                      for (int r = 0; r < kTileRows; ++r) {
+                                        const Vec score = masked ? w.apply(j + r, c, sums[r], kMinusInfinity) : sums[r];
+                                        store(rows + r * kBlock + c * kLanes, score);
+                                        top = max(score, top);
+                                      }
+                                      most[c] = top;
                                     });
     }
     for (int c = 0; c < w.vectors; ++c) {
@@ -139,12 +146,13 @@ struct ForwardTask {
       const int seen = w.keys_until(i + kTileRows - 1);
       if (seen == 0) continue;  // in the first block: a query that sees nothing, see finish
       float* o = panel.o + i * wide;
-      multiply_rows<Math, true>(
-          p + i, kBlock, v, wide, (seen + kTerms - 1) / kTerms, 0, columns, [](int, int, Vec& v) { v = Vec{}; },
-          [&](int r, int c, const Vec& sum) {
-            float* place = o + r * wide + c * kLanes;
-            store(place, first ? sum : fma(load(place), splat(alpha[i + r]), sum));
-          });
+      multiply_rows<Math, true>(p + i, kBlock, v.at, v.ld, (seen + kTerms - 1) / kTerms, 0, columns,
+                                [&](int c, const auto& sums) {
+                                  float* place = o + c * kLanes;
+#pragma GCC unroll 8
+                                  for (int r = 0; r < kTileRows; ++r, place += wide)
+                                    store(place, first ? sums[r] : fma(load(place), splat(alpha[i + r]), sums[r]));
+                                });
     }
   }
 
@@ -164,9 +172,8 @@ struct ForwardTask {
     }
   }
 
-  void run(int64_t b, int64_t h, int64_t begin) {
+  void run(int64_t b, int64_t h, int64_t begin, int64_t end) {
     const int64_t kv_head = h / (a.heads / a.kv_heads);
-    const int64_t end = std::min(a.queries, begin + kPanels * kBlock);
     for (int64_t i0 = begin, n = 0; i0 < end; i0 += kBlock, ++n) {
       Panel& panel = panels[n];
       load_queries(panel, at<const T>(a.q, b, h, i0), std::min<int64_t>(kBlock, end - i0));
@@ -176,8 +183,8 @@ struct ForwardTask {
     const int64_t last = keys_end(a, end);
     for (int64_t j0 = 0; j0 < last; j0 += kBlock) {
       const int64_t nk = std::min<int64_t>(kBlock, last - j0);
-      Pack<Math>::rows(at<const T>(a.k, b, kv_head, j0), a.k.stride_t, nk, a.dim, k, k_ld);
-      Pack<Math>::pairs(at<const T>(a.v, b, kv_head, j0), a.v.stride_t, nk, a.dim, v, wide);
+      k = rows_of<Math>(at<const T>(a.k, b, kv_head, j0), a.k.stride_t, nk, a.dim, k_room, k_ld);
+      v = pairs_of<Math>(at<const T>(a.v, b, kv_head, j0), a.v.stride_t, nk, a.dim, v_room, wide);
       next_k = ahead<T>(a.k, b, kv_head, j0 + nk, last, a.dim);
       next_v = ahead<T>(a.v, b, kv_head, j0 + nk, last, a.dim);
       for (int64_t i0 = begin, n = 0; i0 < end; i0 += kBlock, ++n) {
@@ -194,16 +201,19 @@ struct ForwardTask {
 
 template <class T>
 void attention_forward(const AttentionArgs& a, int threads) {
-  const int64_t tall = kPanels * kBlock;
+  const int64_t rows = a.batch * a.heads;
+  const int wanted = attention_team(a.batch, a.heads, a.queries, a.keys, a.dim, threads);
+  // Many panels share the packing of values; few leave enough tasks for every thread.
+  const int64_t tall = (rows * a.queries >= 8 * wanted * kPanels * kBlock ? kPanels : 2) * kBlock;
   const int64_t groups = (a.queries + tall - 1) / tall;
-  const int64_t tasks = a.batch * a.heads * groups;
-  const int team = std::min<int64_t>(tasks, attention_team(a.batch, a.heads, a.queries, a.keys, a.dim, threads));
+  const int64_t tasks = rows * groups;
+  const int team = std::min<int64_t>(tasks, wanted);
   std::atomic<int64_t> next{0};
   on_team(team, [&] {
     ForwardTask<T> task(a);
     for (int64_t t = next++; t < tasks; t = next++) {
       const int64_t head = t / groups, group = groups - 1 - t % groups;  // causal: the longest first
-      task.run(head / a.heads, head % a.heads, group * tall);
+      task.run(head / a.heads, head % a.heads, group * tall, std::min(a.queries, (group + 1) * tall));
     }
   });
 }

@@ -7,8 +7,8 @@
 // bf16 pairs) two neighbouring terms of the sum in one 32-bit lane. Blocks are scratch memory of the caller's: padded,
 // aligned, and small enough for L1 or L2.
 
-constexpr int kTileRows = 4;
-constexpr int kTileColumns = FASTGPT_LANES == 16 ? 4 : 2;  // 16 accumulators of 32 registers, 8 of 16
+constexpr int kTileRows = FASTGPT_LANES == 16 ? 8 : 4;
+constexpr int kTileColumns = FASTGPT_LANES == 16 ? 3 : 2;  // 24 accumulators of 32 registers, 8 of 16
 
 INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -24,7 +24,11 @@ struct Float32Math {
 struct BFloat16Math {
   using Element = uint32_t;  // terms 2k (low half) and 2k + 1 (high half)
   static constexpr int kTerms = 2;
-  static INLINE Vec broadcast(const uint32_t* p) { return bit_cast<Vec>(*p - VecUInt{}); }
+  static INLINE Vec broadcast(const uint32_t* p) {
+    uint32_t pair;
+    std::memcpy(&pair, p, sizeof pair);  // a packed pair, or two neighbours of a tensor
+    return bit_cast<Vec>(pair - VecUInt{});
+  }
   static INLINE Vec vector(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
   static INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -53,18 +57,13 @@ INLINE VecUInt to_pairs(Vec even, Vec odd) {
 #endif
 }
 
-// One tile of kRows: first(r, c, acc) sets where the sum starts, last(r, c, acc) takes it (by reference: a lambda in a
-// template that returns a vector is compiled for the base target's ABI). A(r, k) lies at a[r * lda + k], or at
-// a[k * lda + r] where kTransposed; B's row k at b[k * ldb].
-template <class Math, bool kTransposed, int kColumns, int kRows, class First, class Last>
+// One tile of kRows: last(c, rows) takes its column of vectors c, a vector a row (by reference: a lambda in a template
+// that returns a vector is compiled for the base target's ABI). A(r, k) lies at a[r * lda + k], or at a[k * lda + r]
+// where kTransposed; B's row k at b[k * ldb].
+template <class Math, bool kTransposed, int kColumns, int kRows, class Last>
 INLINE void multiply_tile(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t ldb,
-                          int64_t depth, const First& first, const Last& last) {
-  Vec acc[kRows][kColumns];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) first(r, c, acc[r][c]);
-  }
+                          int64_t depth, const Last& last) {
+  Vec acc[kColumns][kRows] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[kColumns];
 #pragma GCC unroll 8
@@ -73,29 +72,24 @@ INLINE void multiply_tile(const typename Math::Element* a, int64_t lda, const ty
     for (int r = 0; r < kRows; ++r) {
       const Vec term = Math::broadcast(kTransposed ? a + k * lda + r : a + r * lda + k);
 #pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) acc[r][c] = Math::multiply_add(term, row[c], acc[r][c]);
+      for (int c = 0; c < kColumns; ++c) acc[c][r] = Math::multiply_add(term, row[c], acc[c][r]);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) last(r, c, acc[r][c]);
-  }
+  for (int c = 0; c < kColumns; ++c) last(c, acc[c]);
 }
 
-// kTileRows rows of C, its vectors c0 <= c < c1: tiles as even as they can be. first and last see the vector's own
-// number.
-template <class Math, bool kTransposed, class First, class Last>
+// kTileRows rows of C, its vectors c0 <= c < c1: tiles as even as they can be. last sees the vector's own number.
+template <class Math, bool kTransposed, class Last>
 INLINE void multiply_rows(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t ldb,
-                          int64_t depth, int c0, int c1, const First& first, const Last& last) {
+                          int64_t depth, int c0, int c1, const Last& last) {
   while (c0 < c1) {
     const int left = c1 - c0;
     const int tiles = (left + kTileColumns - 1) / kTileColumns;
     const int columns = (left + tiles - 1) / tiles;
     const auto tile = [&](auto count) {
       multiply_tile<Math, kTransposed, decltype(count)::value, kTileRows>(
-          a, lda, b + c0 * kLanes, ldb, depth, [&](int r, int c, Vec& v) { first(r, c0 + c, v); },
-          [&](int r, int c, const Vec& v) { last(r, c0 + c, v); });
+          a, lda, b + c0 * kLanes, ldb, depth, [&](int c, const auto& rows) { last(c0 + c, rows); });
     };
     switch (columns) {
       case 1:
@@ -104,9 +98,6 @@ INLINE void multiply_rows(const typename Math::Element* a, int64_t lda, const ty
 #if FASTGPT_LANES == 16
       case 3:
         tile(std::integral_constant<int, 3>{});
-        break;
-      case 4:
-        tile(std::integral_constant<int, 4>{});
         break;
 #endif
       default:
@@ -120,22 +111,24 @@ INLINE void multiply_rows(const typename Math::Element* a, int64_t lda, const ty
 // Terms that one sum may run over before it is added to another: rounding errors grow with the length of a chain.
 constexpr int64_t kChain = 64;
 
-// The same for a long sum (the width of a head): in chains, kept in C (place(r, c)) from one to the next; the whole sum
-// goes to last.
-template <class Math, class Place, class Last>
+// The same for a long sum (the width of a head): in chains, kept in C (a row every ldc) from one to the next; the whole
+// sum goes to last.
+template <class Math, class Last>
 INLINE void multiply_rows_in_chains(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
-                                    int64_t ldb, int64_t depth, int c0, int c1, const Place& place, const Last& last) {
+                                    int64_t ldb, int64_t depth, int c0, int c1, float* out, int64_t ldc,
+                                    const Last& last) {
   for (int64_t k = 0; k < depth; k += kChain) {
-    multiply_rows<Math, false>(
-        a + k, lda, b + k * ldb, ldb, std::min(kChain, depth - k), c0, c1, [](int, int, Vec& v) { v = Vec{}; },
-        [&](int r, int c, const Vec& v) {
-          const Vec sum = k > 0 ? load(place(r, c)) + v : v;
-          if (k + kChain < depth) {
-            store(place(r, c), sum);
-          } else {
-            last(r, c, sum);
-          }
-        });
+    multiply_rows<Math, false>(a + k, lda, b + k * ldb, ldb, std::min(kChain, depth - k), c0, c1,
+                               [&](int c, const auto& rows) {
+                                 Vec sums[kTileRows];
+                                 float* place = out + c * kLanes;
+#pragma GCC unroll 8
+                                 for (int r = 0; r < kTileRows; ++r) {
+                                   sums[r] = k > 0 ? load(place + r * ldc) + rows[r] : rows[r];
+                                   if (k + kChain < depth) store(place + r * ldc, sums[r]);
+                                 }
+                                 if (k + kChain >= depth) last(c, sums);
+                               });
   }
 }
 
@@ -306,3 +299,35 @@ struct Pack<BFloat16Math> {
   }
 };
 #endif
+
+// Rows of A, a row every ld.
+template <class Math>
+struct Rows {
+  const typename Math::Element* at;
+  int64_t ld;
+};
+
+// n rows of A where they lie, if a tile can read them there, else packed into `room`.
+template <class Math, class T>
+INLINE Rows<Math> rows_of(const T* x, int64_t stride, int64_t n, int64_t dim, typename Math::Element* room,
+                          int64_t ld) {
+  using Element = typename Math::Element;
+  if constexpr (sizeof(Element) == Math::kTerms * sizeof(T)) {
+    const bool whole = n % kTileRows == 0 && dim % Math::kTerms == 0 && stride % Math::kTerms == 0;
+    if (whole && reinterpret_cast<uintptr_t>(x) % sizeof(Element) == 0)
+      return {reinterpret_cast<const Element*>(x), stride / Math::kTerms};
+  }
+  Pack<Math>::rows(x, stride, n, dim, room, ld);
+  return {room, ld};
+}
+
+// n rows of B, `wide` numbers each, the sum running over the rows: where they lie, or packed.
+template <class Math, class T>
+INLINE Rows<Math> pairs_of(const T* x, int64_t stride, int64_t n, int64_t dim, typename Math::Element* room,
+                           int64_t wide) {
+  if constexpr (std::is_same_v<typename Math::Element, T>) {
+    if (dim == wide) return {x, stride};
+  }
+  Pack<Math>::pairs(x, stride, n, dim, room, wide);
+  return {room, wide};
+}

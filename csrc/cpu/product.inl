@@ -88,13 +88,14 @@ void product_tile(const typename Math::Element* a, int64_t lda, const typename M
                   float* tile) {
   constexpr int64_t kSteps = kTermsAtOnce / Math::kTerms;
   for (int64_t k = 0; k == 0 || k < depth; k += kSteps) {  // once for an empty sum, which is 0
-    multiply_tile<Math, kTransposed, kColumns, kProductRows>(
-        kTransposed ? a + k * lda : a + k, lda, b + k * kColumns * kLanes, kColumns * kLanes,
-        std::min(kSteps, depth - k), [](int, int, Vec& v) { v = Vec{}; },
-        [&](int r, int c, const Vec& v) {
-          float* place = tile + r * kPanel + c * kLanes;
-          store(place, k > 0 ? load(place) + v : v);
-        });
+    multiply_tile<Math, kTransposed, kColumns, kProductRows>(kTransposed ? a + k * lda : a + k, lda,
+                                                             b + k * kColumns * kLanes, kColumns * kLanes,
+                                                             std::min(kSteps, depth - k), [&](int c, const auto& rows) {
+                                                               float* place = tile + c * kLanes;
+#pragma GCC unroll 8
+                                                               for (int r = 0; r < kProductRows; ++r, place += kPanel)
+                                                                 store(place, k > 0 ? load(place) + rows[r] : rows[r]);
+                                                             });
   }
 }
 
