@@ -3,8 +3,10 @@
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -267,20 +269,20 @@ def test_a_disk_that_fills_up_later_keeps_the_last_good_checkpoint(tmp_path):
     assert main(["train", "--resume", str(out)]) == 0
 
 
-def test_ctrl_c_while_the_run_is_prepared_leaves_nothing(tmp_path):
-    """Interrupted while a large text is being tokenized."""
-    import signal
-    import time
-
+@pytest.mark.parametrize("ignored", [False, True], ids=["of a terminal", "of a background job"])
+def test_ctrl_c_while_the_run_is_prepared_leaves_nothing(tmp_path, ignored):
+    """Interrupted while a large text is being tokenized; also where the process began with it ignored, as after a script's `&`."""
     data = tmp_path / "big.txt"
     data.write_text("some words that come again and again, and some that do not\n" * 1_000_000)
     before = set(tree(tmp_path))
+    disposition = signal.SIG_IGN if ignored else signal.SIG_DFL
     process = subprocess.Popen(
         command(*arguments(data, tmp_path / "new" / "run", tokenizer__type="bpe")),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
     )
     end = time.monotonic() + 60
     while set(tree(tmp_path)) == before:
@@ -291,3 +293,21 @@ def test_ctrl_c_while_the_run_is_prepared_leaves_nothing(tmp_path):
     assert process.returncode == 130, errors
     assert "interrupted" in errors.splitlines()[-1]
     assert set(tree(tmp_path)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_torch_is_loaded_waits_for_the_end_of_it(number):
+    """Raised inside the imports, an exception would meet C++ that ends the process (SIGABRT)."""
+    code = (
+        "import builtins, os, signal, sys; from fastgpt.cli import main; load = builtins.__import__\n"
+        "def load_and_stop(name, *rest):\n"
+        f"    if name == 'torch._C': builtins.__import__ = load; os.kill(os.getpid(), {int(number)})\n"
+        "    return load(name, *rest)\n"
+        "builtins.__import__ = load_and_stop\n"
+        "try: code = main(['sample', 'nothing'])\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "sys.exit(code if 'torch' in sys.modules else 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + number, done.stderr
+    assert "Traceback" not in done.stderr

@@ -22,7 +22,7 @@ MODULES = (
         "model.foreign",
         "model.huggingface",
     ),
-    *("infer.sampling", "infer.cache", "infer.generate", "infer.run"),
+    *("infer.sampling", "infer.cache", "infer.generation", "infer.run"),
 )
 
 

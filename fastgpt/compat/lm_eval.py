@@ -16,7 +16,7 @@ from typing import Any
 
 from fastgpt.errors import UserError
 from fastgpt.infer.evaluate import token_log_probs
-from fastgpt.infer.generate import generate_text
+from fastgpt.infer.generation import generate_text
 from fastgpt.infer.run import load_run
 from fastgpt.model import GPT
 

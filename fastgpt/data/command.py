@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,16 @@ from fastgpt.data.prepare import PROGRESS, prepare
 from fastgpt.data.shards import MANIFEST, verify_shards
 from fastgpt.data.sources import BAD, NEWLINES, Reader, Source, find_sources
 from fastgpt.errors import UserError
+from fastgpt.terminal import command_parser, say
 
 TRAIN_BYTES = 100_000_000  # of text that a new tokenizer learns from: more changes its rarest merges only
 LOG_INTERVAL_S = 15.0
 
 
-def main(arguments: Sequence[str], new_parser: Callable[[str, str], Any], say: Callable[[str], None]) -> int:
-    """Run `fastgpt data ...`.
-
-    Args:
-        arguments: those after `data`.
-        new_parser: makes a parser of the command line from a command's name and description.
-        say: receives lines for the user.
-    """
+def main(arguments: Sequence[str]) -> int:
+    """`fastgpt data`."""
     actions = {"prepare": _prepare, "verify": _verify}
-    parser = new_parser(
+    parser = command_parser(
         "data",
         "Token shards for training.\n\n  prepare  text, JSONL, Parquet and folders into shards\n"
         "  verify   compare shards with their checksums\n\n`fastgpt data ACTION --help` says more.",
@@ -35,11 +30,11 @@ def main(arguments: Sequence[str], new_parser: Callable[[str, str], Any], say: C
         return 2
     if arguments[0] not in actions:
         raise UserError(f"unknown action {arguments[0]!r} of fastgpt data; there are: {', '.join(actions)}")
-    return actions[arguments[0]](arguments[1:], new_parser, say)
+    return actions[arguments[0]](arguments[1:])
 
 
-def _prepare(arguments: Sequence[str], new_parser: Callable[[str, str], Any], say: Callable[[str], None]) -> int:
-    parser = new_parser(
+def _prepare(arguments: Sequence[str]) -> int:
+    parser = command_parser(
         "data prepare",
         "Turn text into token shards that `fastgpt train --data FOLDER` reads.\n"
         "After Ctrl-C or a crash the same command goes on where it was.",
@@ -94,7 +89,7 @@ def _prepare(arguments: Sequence[str], new_parser: Callable[[str, str], Any], sa
             raise UserError(f"--{name.replace('_', '-')} is {value}; accepted is at least 1")
     reader = Reader(given.val_fraction, given.text_field, given.bad, given.newlines)
     sources, out = find_sources(given.sources), Path(given.out)
-    tokenizer = _tokenizer(given.tokenizer, given.vocab_size, sources, out, reader, say)
+    tokenizer = _tokenizer(given.tokenizer, given.vocab_size, sources, out, reader)
     bar = _Bar()
     try:
         manifest = prepare(
@@ -118,14 +113,14 @@ def _prepare(arguments: Sequence[str], new_parser: Callable[[str, str], Any], sa
         part = manifest[split]
         print(
             f"{part['tokens']:,} tokens {words}, {part['documents']:,} documents, {part['bytes']:,} bytes, "
-            f"{len(part['shards'])} shards"
+            f"{len(part['shards'])} shard{'s' * (len(part['shards']) != 1)}"
         )
     print(f"train on it: fastgpt train --data {out}")
     return 0
 
 
-def _verify(arguments: Sequence[str], new_parser: Callable[[str, str], Any], say: Callable[[str], None]) -> int:
-    parser = new_parser("data verify", "Read all shards of a folder and compare them with their checksums.")
+def _verify(arguments: Sequence[str]) -> int:
+    parser = command_parser("data verify", "Read all shards of a folder and compare them with their checksums.")
     parser.add_argument("folder", metavar="FOLDER", help="what `fastgpt data prepare` made")
     given = parser.parse(arguments)
     n_bytes = verify_shards(Path(given.folder), say)
@@ -133,9 +128,7 @@ def _verify(arguments: Sequence[str], new_parser: Callable[[str, str], Any], say
     return 0
 
 
-def _tokenizer(
-    given: str | None, vocab_size: int, sources: Sequence[Source], out: Path, reader: Reader, say: Callable[[str], None]
-) -> Any:
+def _tokenizer(given: str | None, vocab_size: int, sources: Sequence[Source], out: Path, reader: Reader) -> Any:
     from fastgpt.tokenizer import Tokenizer, load_tokenizer
     from fastgpt.tokenizer.registry import get_encoding, list_encoding_names
 

@@ -20,16 +20,13 @@ from typing import TYPE_CHECKING, Any
 from fastgpt.errors import UserError
 from fastgpt.finetune.options import Options, load_options, preset_names
 from fastgpt.finetune.records import Labelled, read_conversations, read_labelled, read_texts
+from fastgpt.terminal import say
 
 if TYPE_CHECKING:
     import torch
 
     from fastgpt.finetune.classify import Meaning
     from fastgpt.model import GPT
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def finetune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +181,7 @@ def _finetune_chat(run: str, data: Path, out: str | None, options: Options) -> i
         packing=options.packing,
         dtype=dtype,
         base="base.safetensors",
-        say=_say,
+        say=say,
     )
     print(
         f"{summary['val_conversations']:,} held-out conversations: loss of the answers {summary['val_loss']:.4f} nats a token "
@@ -200,7 +197,7 @@ def _finetune_head(run: str, data: Path, out: str | None, write_text: str | None
     train, held_out, meaning = _parts(options, data)
     if write_text is not None:
         write_training_text(train, Path(write_text))
-        _say(f"{write_text}: {len(train):,} texts of the training part; the {len(held_out):,} held out are not in it")
+        say(f"{write_text}: {len(train):,} texts of the training part; the {len(held_out):,} held out are not in it")
         return 0
     model, tokenizer, dtype = load_base(run, options)
     folder = make_folder(out, data)
@@ -219,7 +216,7 @@ def _finetune_head(run: str, data: Path, out: str | None, write_text: str | None
         pooling=options.pooling,
         balanced=options.class_weights == "balanced",
         dtype=dtype,
-        say=_say,
+        say=say,
     )
     print("\n".join(report(summary, meaning)))
     print(f"run folder: {folder}", flush=True)
@@ -357,7 +354,7 @@ def chat(given: argparse.Namespace) -> int:
     )
     asks = sys.stdin.isatty()
     if asks:
-        _say("/reset forgets the conversation, /exit leaves")
+        say("/reset forgets the conversation, /exit leaves")
     while True:
         if asks:
             sys.stdout.write("> ")

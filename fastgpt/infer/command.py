@@ -1,21 +1,80 @@
-"""`fastgpt evaluate`, and the sheet of `fastgpt sample`."""
+"""`fastgpt sample` and `fastgpt evaluate`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastgpt.errors import UserError
+from fastgpt.terminal import command_parser, import_torch, stream
 
 
-def evaluate(arguments: Sequence[str], new_parser: Callable[[str, str], Any]) -> int:
-    """Run `fastgpt evaluate`.
+def sample(arguments: Sequence[str]) -> int:
+    """`fastgpt sample`."""
+    parser = command_parser("sample", "Print text from a trained model, as it is made.")
+    parser.add_argument("run", metavar="RUN", help="the run folder that `fastgpt train` wrote")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", default="", help="the text to go on from (default: none, a fresh start)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=200, help="tokens to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="X", type=float, default=0.8, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-k",
+        metavar="N",
+        type=int,
+        default=50,
+        help="draw from the N most probable tokens, 0: all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        metavar="X",
+        type=float,
+        default=0.95,
+        help="draw from the fewest that reach X (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, help="makes the text repeatable (default: none, other text each time)"
+    )
+    parser.add_argument("--device", metavar="NAME", default="cpu", help="where to run the model (default: %(default)s)")
+    parser.add_argument(
+        "--sheet", metavar="FILE", help="write samples at four temperatures into this Markdown file (default: none)"
+    )
+    given = parser.parse(arguments)
+    if given.seed is not None and not 0 <= given.seed < 2**63:
+        raise UserError(f"--seed is {given.seed}; accepted is a whole number from 0 to 2**63 - 1")
 
-    Args:
-        arguments: those after `evaluate`.
-        new_parser: makes a parser of the command line from a command's name and description.
-    """
-    parser = new_parser(
+    import_torch()
+    from fastgpt.infer.generation import generate_text
+    from fastgpt.infer.run import load_run
+    from fastgpt.train.run import choose_device
+
+    model, tokenizer = load_run(given.run, choose_device(given.device))
+    if given.sheet is not None:
+        from fastgpt.infer.sheet import write_sheet
+
+        write_sheet(Path(given.sheet), model, tokenizer, given)
+        print(f"samples: {given.sheet}")
+        return 0
+    pieces = generate_text(
+        model,
+        tokenizer,
+        given.prompt,
+        given.max_new_tokens,
+        temperature=given.temperature,
+        top_k=given.top_k or None,
+        top_p=given.top_p,
+        seed=given.seed,
+    )
+    stream(given.prompt, pieces)
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """`fastgpt evaluate`."""
+    parser = command_parser(
         "evaluate",
         "How well a model predicts texts: loss, perplexity, bits a byte. Without a file: what the run's losses say,\n"
         "where training and validation part, and what to do.",
@@ -31,6 +90,7 @@ def evaluate(arguments: Sequence[str], new_parser: Callable[[str, str], Any]) ->
     if not given.files:
         return _report(Path(given.run), given.json)
 
+    import_torch()
     from fastgpt.data.corpora import read_text
     from fastgpt.infer.evaluate import evaluate_text
     from fastgpt.infer.run import load_run

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgpt.infer.generate import generate_text
+from fastgpt.infer.generation import generate_text
 from fastgpt.model import GPT
 from fastgpt.train.files import explain_writing, replace_text
 
