@@ -52,6 +52,15 @@ def default_words(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else repr(default) if isinstance(default, str) else str(default)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "shard"), counted(2000, "shard")
+    ('1 shard', '2,000 shards')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def say(message: str) -> None:
     """A line for the user, on stderr."""
     print(message, file=sys.stderr, flush=True)

@@ -222,7 +222,7 @@ def test_kill(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 
 WRONG = {
-    b'{"text": "a"}\n{"text": \n': r"a\.jsonl, line 2: not JSON",
+    b'{"text": "a"}\n{"text": \n': r"a\.jsonl, line 2: not JSON \(Expecting value at column 9\)",
     b'{"text": "a"}\n\n["text"]\n': r"line 3: holds list; accepted is an object",
     b'{"text": "a"}\r\n{"txt": "a"}\r\n': r"line 2: no field 'text'; it has 'txt'",
     b'{"text": 5}\n': r"line 1: the field 'text' holds int",

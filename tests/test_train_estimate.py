@@ -9,7 +9,7 @@ import torch
 from fastgpt.cli import main
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.config import load_config, preset_names
-from fastgpt.train.estimate import activation_bytes, count, duration, estimate, plan_rows
+from fastgpt.train.estimate import activation_bytes, count, duration, estimate, plan_rows, share_of
 from fastgpt.train.evaluate import autocast
 from fastgpt.train.run import model_config
 
@@ -65,6 +65,51 @@ def test_units() -> None:
         "2 hours",
         "2.31 days",
     ]
+
+
+def test_units_of_very_long_runs() -> None:
+    assert duration(3.2e10) == "1.01e+03 years"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_dry_run_of_several_processes(
+    parallel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 alone prints, and says what each process of a given number, or of torchrun's, has to hold."""
+    asked = [*tiny_run.arguments(tiny_run.text_file(tmp_path), tmp_path / "run"), "--parallel", parallel, "--dry-run"]
+    assert main([*asked, "2"]) == 0
+    words = capsys.readouterr().out
+    vocabulary = len(set((tmp_path / "text.txt").read_text()))
+    config = GPTConfig(vocab_size=vocabulary, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=False)
+    n, share = GPT(config).n_params(), share_of(config, 2, parallel)
+    assert share.state_bytes == (16 * n if parallel == "ddp" else 8 * n)
+    assert share.sent_bytes == (4 * n if parallel == "ddp" else 6 * n)
+    assert f"memory of each of 2 processes ({parallel})" in words
+    total = share.state_bytes + share.gathered_bytes + activation_bytes(config, 2, torch.float32)
+    assert f": {count(total)}B (weights, gradients and moments {count(share.state_bytes)}B" in words
+    assert f"each sends {count(share.sent_bytes)}B a step" in words
+    assert "for one process's 32 tokens" in words
+    assert "a step: 64 tokens" in words
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(asked) == 0
+    assert f"of each of 2 processes ({parallel})" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert main(asked) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    assert main([*asked, "3"]) == 2
+    assert "a multiple of the 3 processes" in capsys.readouterr().err
+    assert main([*asked, "-1"]) == 2
+
+
+def test_a_process_of_fsdp_gathers_two_blocks_at_a_time() -> None:
+    config = GPTConfig(vocab_size=100, block_size=8, n_layer=4, n_head=2, n_embd=16, bias=False)
+    model = GPT(config)
+    block = sum(p.numel() for p in model.h[0].parameters())
+    outside = sum(p.numel() for module in (model.wte, model.wpe, model.ln_f) for p in module.parameters())
+    assert share_of(config, 4, "fsdp").gathered_bytes == 8 * outside + 12 * block
+    assert share_of(config, 1, "fsdp").gathered_bytes == 0
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from fastgpt.data.prepare import PROGRESS, prepare
 from fastgpt.data.shards import MANIFEST, verify_shards
 from fastgpt.data.sources import BAD, NEWLINES, Reader, Source, find_sources
 from fastgpt.errors import UserError
-from fastgpt.terminal import command_parser, say
+from fastgpt.terminal import command_parser, counted, say
 
 TRAIN_BYTES = 100_000_000  # of text that a new tokenizer learns from: more changes its rarest merges only
 LOG_INTERVAL_S = 15.0
@@ -112,8 +112,8 @@ def _prepare(arguments: Sequence[str]) -> int:
     for split, words in (("train", "to train"), ("val", "held out")):
         part = manifest[split]
         print(
-            f"{part['tokens']:,} tokens {words}, {part['documents']:,} documents, {part['bytes']:,} bytes, "
-            f"{len(part['shards'])} shard{'s' * (len(part['shards']) != 1)}"
+            f"{part['tokens']:,} tokens {words}, {counted(part['documents'], 'document')}, {part['bytes']:,} bytes, "
+            f"{counted(len(part['shards']), 'shard')}"
         )
     print(f"train on it: fastgpt train --data {out}")
     return 0

@@ -251,9 +251,11 @@ class Reader:
     def _field(self, line: bytes) -> tuple[str, str]:
         """(text, "") of a line of JSONL, or ("", what is wrong with it)."""
         try:
-            value = json.loads(line.decode("utf-8", "replace" if self.bad == "replace" else "strict"))
+            value = json.loads(line.rstrip().decode("utf-8", "replace" if self.bad == "replace" else "strict"))
         except UnicodeDecodeError as error:
             return "", f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1:,})"
+        except json.JSONDecodeError as error:
+            return "", f"not JSON ({error.msg} at column {error.colno:,})"
         except (ValueError, RecursionError) as error:
             return "", f"not JSON ({str(error)[:80]})"
         if not isinstance(value, dict):

@@ -22,6 +22,7 @@ from fastgpt.finetune.recipe import Recipe
 from fastgpt.finetune.records import Labelled
 from fastgpt.finetune.scores import classification_scores, regression_scores
 from fastgpt.model import GPT
+from fastgpt.terminal import counted
 from fastgpt.train.config import nearest
 from fastgpt.train.metrics import Metrics
 from fastgpt.train.run import write_summary
@@ -254,7 +255,7 @@ def train_head(
     say(f"texts: {len(train):,} to train with {sum(lengths):,} tokens, {len(held_out):,} held out")
     if encode.cut:
         say(
-            f"note: {encode.cut:,} texts are longer than the model's {gpt.config.block_size} tokens; their ends are left out"
+            f"note: longer than the model's {gpt.config.block_size} tokens: {counted(encode.cut, 'text')}; what is over is left out"
         )
     targets, val_targets = targets_of(train, meaning), targets_of(held_out, meaning)
     weights = class_weights(targets, len(meaning.labels)) if balanced and meaning.task == "classify" else None

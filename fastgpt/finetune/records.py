@@ -130,9 +130,11 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         for number, record in enumerate(text.split("\n"), start=1):
             if record.strip():
                 try:
-                    yield number, json.loads(record)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+                    yield number, json.loads(record.rstrip())
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"{path}, line {number}: not JSON: {error.msg} at column {error.colno:,}"
+                    ) from error
         return
     decoder = json.JSONDecoder()
     place, line, seen, comma = text.index("[") + 1, 1, 0, False

@@ -47,7 +47,13 @@ def train_parser() -> Parser:
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped (default: start a new one)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print parameters, memory, operations and time; do nothing"
+        "--dry-run",
+        metavar="PROCESSES",
+        nargs="?",
+        type=int,
+        const=0,
+        help="print parameters, memory, operations and time, of each of so many processes, and do nothing "
+        "(default: no; without a number those of torchrun, or one)",
     )
     groups = {name: parser.add_argument_group(name) for name in sections()}
     for key, item in options():
@@ -76,7 +82,9 @@ def train(arguments: Sequence[str]) -> int:
     if resume is not None and out is not None:
         raise UserError("--resume and --out are both given; a resume goes on in its own folder")
     dry_run = given.pop("dry_run")
-    if dry_run and resume is not None:
+    if dry_run is not None and dry_run < 0:
+        raise UserError(f"--dry-run is {dry_run}; accepted is a number of processes from 1")
+    if dry_run is not None and resume is not None:
         raise UserError("--dry-run and --resume are both given; a dry run is for a run that is not there yet")
     if resume is None:
         config = load_config(preset=preset, file=file, overrides=given)
@@ -88,13 +96,14 @@ def train(arguments: Sequence[str]) -> int:
     if wait_politely() and os.environ.get("RANK", "0") == "0":  # before torch loads OpenMP
         say("note: other work is running on these cores, so threads sleep while they wait; a quiet machine is faster")
     import_torch()
+    from fastgpt.train.parallel import job_size, joined
     from fastgpt.train.run import locked, open_run, start_run
 
-    if dry_run:
+    if dry_run is not None:
         from fastgpt.train.dry_run import dry_run as print_dry_run
 
-        return print_dry_run(config)
-    from fastgpt.train.parallel import joined
+        world_size, rank, _ = job_size()
+        return print_dry_run(config, dry_run or world_size) if rank == 0 else 0
 
     device = str(given.get("train.device", "auto" if resume is not None else config.train.device))
     with joined(device) as group:

@@ -35,8 +35,20 @@ def vocabulary(config: Config) -> tuple[int, int | None, str]:
     return len(characters), sum(map(len, corpus.train)), "the characters of the text"
 
 
-def dry_run(config: Config) -> int:
-    """Print what `fastgpt train` with this configuration would take; returns the exit code."""
+def dry_run(config: Config, world_size: int = 1) -> int:
+    """Print what `fastgpt train` with this configuration would take; returns the exit code.
+
+    Args:
+        config: of the run.
+        world_size: processes that would share it, each with a device like this one.
+
+    Raises:
+        UserError: a batch that they cannot share.
+    """
+    if config.train.batch_size % world_size:
+        raise UserError(
+            f"train.batch_size is {config.train.batch_size}; accepted is a multiple of the {world_size} processes"
+        )
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.dtype, device)
     if config.train.threads:
@@ -52,6 +64,6 @@ def dry_run(config: Config) -> int:
     if config.train.epochs is not None and n_tokens is not None:
         step_tokens = config.train.batch_size * config.train.grad_accum_steps * model.block_size
         max_steps = math.ceil(config.train.epochs * n_tokens / step_tokens)
-    for line in report(model, config.train, dtype, device, max_steps):
+    for line in report(model, config.train, dtype, device, max_steps, world_size):
         print(line, flush=True)
     return 0

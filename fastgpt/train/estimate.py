@@ -135,6 +135,48 @@ def estimate(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> Estimate
     return Estimate(n, model.flops_per_token(), 4 * n, 4 * n, 8 * n, activation_bytes(config, batch_size, dtype))
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes holds and sends.
+
+    Attributes:
+        state_bytes: its weights, gradients and moments.
+        gathered_bytes: fsdp: whole weights and gradients of what it computes just then.
+        sent_bytes: what it sends, and receives, in a step.
+    """
+
+    state_bytes: int
+    gathered_bytes: int
+    sent_bytes: int
+
+
+def share_of(config: GPTConfig, world_size: int, parallel: str) -> Share:
+    """One process's part of a job.
+
+    With ddp everything is on each, and gradients go round once (a ring's all-reduce: 2 (N - 1) / N of their bytes). With fsdp the state
+    is divided; the weights of the embeddings and of two blocks are whole at a time (the second one is on its way), and their gradients
+    until they are divided. Weights are gathered for the forward and the backward pass and gradients divided: three times (N - 1) / N.
+
+    Args:
+        config: the model.
+        world_size: how many processes.
+        parallel: "ddp" or "fsdp".
+
+    Example:
+        >>> config = GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
+        >>> share_of(config, 8, "ddp").state_bytes // share_of(config, 8, "fsdp").state_bytes
+        8
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    n, block = model.n_params(), sum(p.numel() for p in model.h[0].parameters())
+    if parallel == "ddp" or world_size == 1:
+        return Share(16 * n, 0, 4 * n * 2 * (world_size - 1) // world_size)
+    outside = n - config.n_layer * block
+    gathered = 4 * (outside + 2 * block) + 4 * (outside + block)
+    return Share(-(-16 * n // world_size), gathered, 4 * n * 3 * (world_size - 1) // world_size)
+
+
 def matmul_flops(n_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations a second of (n_rows, width) @ (width, 4 width), the best of a few."""
     x = torch.randn(n_rows, width, dtype=dtype, device=device)
@@ -200,14 +242,19 @@ def count(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that suits: 3.2 days."""
-    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+    for unit, size in (("years", 365.25 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} seconds"
 
 
 def report(
-    config: GPTConfig, options: Any, dtype: torch.dtype, device: torch.device, max_steps: int | None
+    config: GPTConfig,
+    options: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_steps: int | None,
+    world_size: int = 1,
 ) -> Iterable[str]:
     """The lines that `--dry-run` prints.
 
@@ -216,31 +263,45 @@ def report(
         options: the section `train` of a configuration.
         dtype, device: what the run would use.
         max_steps: the length, None where it is not known.
+        world_size: how many processes, each on a device like this one.
     """
-    B, accum = options.batch_size, options.grad_accum_steps
+    B, accum = options.batch_size // world_size, options.grad_accum_steps
     found = estimate(config, B, dtype)
     if options.activation_checkpointing:
         found = dataclasses.replace(found, activation_bytes=checkpointed_bytes(config, B, dtype))
     tokens = B * accum * config.block_size
     yield f"parameters: {found.n_params:,}"
-    yield f"operations: {count(found.flops_per_token)}FLOP a token, {count(found.flops_per_token * tokens)}FLOP a step"
+    yield f"operations: {count(found.flops_per_token)}FLOP a token, {count(found.flops_per_token * tokens * world_size)}FLOP a step"
+    share = share_of(config, world_size, options.parallel)
+    total = share.state_bytes + share.gathered_bytes + found.activation_bytes
+    if world_size == 1:
+        parts = f"weights {count(found.weight_bytes)}B, gradients {count(found.gradient_bytes)}B, moments {count(found.moment_bytes)}B"
+        whose = "memory"
+    else:
+        parts = f"weights, gradients and moments {count(share.state_bytes)}B"
+        parts += f", gathered {count(share.gathered_bytes)}B" if share.gathered_bytes else ""
+        whose = f"memory of each of {world_size} processes ({options.parallel})"
     yield (
-        f"memory: {count(found.total_bytes)}B (weights {count(found.weight_bytes)}B, gradients {count(found.gradient_bytes)}B, "
-        f"moments {count(found.moment_bytes)}B, activations {count(found.activation_bytes)}B for {B} x {config.block_size} tokens), "
+        f"{whose}: {count(total)}B ({parts}, activations {count(found.activation_bytes)}B for {B} x {config.block_size} tokens), "
         f"buffers and the runtime not counted; {count(free_bytes(device))}B free on {device}"
     )
     rate = matmul_flops(min(B * config.block_size, 4096), config.n_embd, dtype, device)
     step_s = found.flops_per_token * tokens / (rate * ASSUMED_SHARE)
     how = f"computed at {ASSUMED_SHARE:.0%} of the {count(rate)}FLOP/s of a matrix product here"
-    fits = found.total_bytes + 2 * found.n_params < 0.8 * free_bytes(device)
+    fits = total + 2 * found.n_params < 0.8 * free_bytes(device)
     if not fits:
         yield f"this does not fit into the memory of {device}; a smaller train.batch_size takes less for activations"
     elif step_s / accum * (1 + MEASURED_STEPS) < LONGEST_MEASURED_S:
         step_s = measure_step_s(config, B, 1, dtype, device) * accum
         how = f"measured on {device}"
+    if world_size > 1:
+        how += f" for one process's {tokens:,} tokens, each with a device like this one to itself"
+    tokens *= world_size
     yield f"a step: {tokens:,} tokens, {duration(step_s)} ({how}), {tokens / step_s:,.0f} tokens/s"
+    if world_size > 1:
+        yield f"between processes: each sends {count(share.sent_bytes)}B a step, which the times leave out"
     if max_steps is not None:
-        yield f"the run: {max_steps:,} steps, {count(max_steps * tokens)}tokens, {duration(max_steps * step_s)} without evaluations"
+        yield f"the run: {max_steps:,} steps, {max_steps * tokens:,} tokens, {duration(max_steps * step_s)} without evaluations"
     elif options.time_budget_s is not None:
         yield f"the run: {duration(options.time_budget_s)}, about {int(options.time_budget_s / step_s):,} steps"
 

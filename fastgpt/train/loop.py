@@ -33,6 +33,7 @@ from fastgpt.data.loader import EvalBatches, Loader
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, load_model
 from fastgpt.model.weights import save_tensors
+from fastgpt.terminal import counted
 from fastgpt.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, fit_bigram, mean_loss
 from fastgpt.train.files import explain_writing
@@ -157,7 +158,7 @@ class Trainer:
         self.say(f"resuming from {checkpoint}")
         if self.state.threads != threads:
             self.say(
-                f"note: this run used {self.state.threads} CPU threads and now has {threads}; "
+                f"note: this run used {counted(self.state.threads, 'CPU thread')} and now has {threads}; "
                 "the losses will differ in the last bits"
             )
             self.state.threads = threads
@@ -166,7 +167,7 @@ class Trainer:
     def description(self) -> str:
         """One line: the model, the device, the number format."""
         config, words = self.model.config, str(self.dtype).removeprefix("torch.")
-        threads = f" with {self.state.threads} threads" if self.device.type == "cpu" else ""
+        threads = f" with {counted(self.state.threads, 'thread')}" if self.device.type == "cpu" else ""
         if self.group.world_size > 1:
             threads += f", {self.group.world_size} processes ({self.options.parallel})"
         return (

@@ -100,6 +100,20 @@ class Group:
         return values
 
 
+def job_size() -> tuple[int, int, int]:
+    """(how many processes, which of them, which of this machine's), as torchrun's environment says; (1, 0, 0) without it.
+
+    Raises:
+        UserError: something else stands there.
+    """
+    names = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    try:
+        size, rank, local = (int(os.environ.get(name, default)) for name, default in names)
+    except ValueError as error:
+        raise UserError(f"the environment is not torchrun's: {error}; accepted are whole numbers") from error
+    return size, rank, local
+
+
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Group]:
     """The group of this process: what torchrun's environment says, or a process alone.
@@ -110,10 +124,7 @@ def joined(device: str = "auto") -> Iterator[Group]:
     Raises:
         UserError: an incomplete environment, or processes that do not find one another.
     """
-    try:
-        size, rank, local = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
-    except ValueError as error:
-        raise UserError(f"the environment is not torchrun's: {error}; accepted are whole numbers") from error
+    size, rank, local = job_size()
     if size == 1:
         yield Group()
         return
@@ -137,9 +148,6 @@ def joined(device: str = "auto") -> Iterator[Group]:
         yield Group(rank, size, local)
     finally:
         dist.destroy_process_group()
-
-
-_VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
 def device_of(device: torch.device, group: Group) -> torch.device:
@@ -201,9 +209,7 @@ class Parallel:
             from torch.nn.parallel import DistributedDataParallel
 
             ids = [group.local_rank] if next(model.parameters()).is_cuda else None
-            self.forward = DistributedDataParallel(
-                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.forward = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def part(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of one part of a step; gradients are exchanged in the last one only."""
