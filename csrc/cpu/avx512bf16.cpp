@@ -19,6 +19,7 @@ namespace {
 #include "cpu/attention.inl"
 #include "cpu/activation.inl"
 #include "cpu/product.inl"
+#include "cpu/linear_few_rows.inl"
 #include "cpu/linear.inl"
 // clang-format on
 

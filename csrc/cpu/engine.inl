@@ -23,6 +23,7 @@ namespace {
 #include "cpu/layer_norm.inl"
 #include "cpu/rope.inl"
 #include "cpu/product.inl"
+#include "cpu/linear_few_rows.inl"
 #include "cpu/linear.inl"
 #include "cpu/softmax.inl"
 // clang-format on
