@@ -21,6 +21,7 @@ _LAZY = {
     "GPT": "fastgpt.model",
     "GPTConfig": "fastgpt.model",
     "accelerate": "fastgpt.compat",
+    "patched": "fastgpt.compat",
     "restore": "fastgpt.compat",
 }
 _SUBMODULES = ("compat", "data", "functional", "infer", "model", "nn", "ops", "tokenizer", "train")
@@ -34,13 +35,14 @@ __all__ = [
     "accelerate",
     "get_encoding",
     "load_tokenizer",
+    "patched",
     "restore",
     *_SUBMODULES,
 ]
 
 if TYPE_CHECKING:
     from fastgpt import compat, data, functional, infer, model, nn, ops, tokenizer, train
-    from fastgpt.compat import accelerate, restore
+    from fastgpt.compat import accelerate, patched, restore
     from fastgpt.model import GPT, GPTConfig
     from fastgpt.tokenizer import CharTokenizer, Tokenizer, get_encoding, load_tokenizer
 

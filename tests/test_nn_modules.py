@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgpt import nn
-from fastgpt.nn import modules
+from fastgpt.nn import fallback
 
 # Ours, and torch's of the same name, with the arguments both get.
 POINTWISE = [
@@ -94,9 +94,34 @@ def test_cross_entropy_loss_agrees_with_torch(shape: tuple[int, ...], label_smoo
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
 
 
-def test_cross_entropy_loss_names_a_target_of_the_wrong_shape() -> None:
-    with pytest.raises(ValueError, match=r"target: got shape \(4,\).*\(3,\)"):
-        nn.CrossEntropyLoss()(torch.zeros(3, 5), torch.zeros(4, dtype=torch.int64))
+WRONG = [
+    ("LayerNorm", (8,), (torch.zeros(2, 7),)),
+    ("RMSNorm", (8,), (torch.zeros(2, 7),)),
+    ("Softmax", (2,), (torch.zeros(2, 7),)),
+    ("LogSoftmax", (-3,), (torch.zeros(2, 7),)),
+    ("GELU", (), (torch.zeros(2, dtype=torch.int64),)),
+    ("Linear", (8, 3), (torch.zeros(2, 7),)),
+    ("Embedding", (4, 3), (torch.zeros(2),)),
+    ("Embedding", (4, 3), (torch.tensor([4]),)),
+    ("CrossEntropyLoss", (), (torch.zeros(3, 5), torch.zeros(4, dtype=torch.int64))),
+    ("CrossEntropyLoss", (), (torch.zeros(3, 5), torch.zeros(3, dtype=torch.int32))),
+    ("CrossEntropyLoss", (), (torch.zeros(2, 5, 3), torch.zeros(2, 4, dtype=torch.int64))),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "inputs"), WRONG, ids=lambda v: v if isinstance(v, str) else "")
+def test_wrong_input_raises_torch_s_own_error(name: str, arguments: tuple, inputs: tuple) -> None:
+    with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)) as theirs:
+        getattr(torch.nn, name)(*arguments)(*inputs)
+    with torch.no_grad(), pytest.raises(type(theirs.value)) as ours:
+        getattr(nn, name)(*arguments)(*inputs)
+    assert ours.type is theirs.type
+
+
+def test_what_torch_takes_beside_floats_is_torch_s() -> None:
+    assert nn.ReLU()(torch.tensor([-1, 2])).tolist() == [0, 2]
+    with pytest.warns(UserWarning, match="Implicit dimension"):
+        assert torch.equal(nn.Softmax()(torch.zeros(2, 4)), torch.full((2, 4), 0.25))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +138,7 @@ def test_cross_entropy_loss_names_a_target_of_the_wrong_shape() -> None:
     ids=["relu_", "silu_", "class weights", "class probabilities"],
 )
 def test_what_the_ops_lack_is_torch_s_and_said_once(make, inputs, caplog: pytest.LogCaptureFixture) -> None:
-    modules._log_fallback.cache_clear()
+    fallback.log_fallback.cache_clear()
     with caplog.at_level(logging.WARNING, "fastgpt"):
         for _ in range(2):
             copies = [x.clone() for x in inputs], [x.clone() for x in inputs]
@@ -121,11 +146,6 @@ def test_what_the_ops_lack_is_torch_s_and_said_once(make, inputs, caplog: pytest
             assert torch.equal(copies[0][0], copies[1][0])  # in place where torch is
     assert len(caplog.records) == 1
     assert "computed by torch" in caplog.text
-
-
-def test_softmax_wants_its_dim() -> None:
-    with pytest.raises(ValueError, match="dim: got None"):
-        nn.Softmax()
 
 
 def test_mlp_names_the_activations() -> None:

@@ -7,6 +7,7 @@ None of it is needed by the rest of the package; importing it changes nothing an
 """
 
 from fastgpt.compat import hf
+from fastgpt.compat.patch import patched
 from fastgpt.compat.replace import Report, accelerate, restore
 
-__all__ = ["Report", "accelerate", "hf", "restore"]
+__all__ = ["Report", "accelerate", "hf", "patched", "restore"]

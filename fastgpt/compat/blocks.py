@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.nn.linear import reads_few_rows
 from fastgpt.ops.transformer_block import covers, transformer_block_with_qkv
 
-FEW_ROWS = 8  # up to here the CPU engine reads a linear layer's weights once and packs nothing
 NOTE = "_fastgpt_block"
 
 
@@ -24,18 +24,6 @@ class BlockNote(NamedTuple):
 
     activation: str
     eps: float
-
-
-def reads_few_rows(x: Tensor) -> bool:
-    """Whether a linear layer of x is faster in the CPU engine than in torch: float32, a few rows, no gradients. Other products stay
-    torch's; of bfloat16 the engine's are slower for 8 rows, and for many rows neither is faster."""
-    return (
-        x.dtype == torch.float32
-        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and covers(x)
-    )
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
@@ -64,21 +52,8 @@ class _KeptFromGraph(torch.autograd.Function):
         )
 
 
-class LinearPart(torch.nn.Module):
-    """torch.nn.Linear, a few float32 rows at a time on the CPU engine; other calls are torch's."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        if reads_few_rows(input):
-            return ops.linear(input, self.weight, self.bias)
-        y: Tensor = super().forward(input)
-        return y
-
-
 class Conv1DPart(torch.nn.Module):
-    """Hugging Face's Conv1D, a linear layer with an (in, out) weight, likewise."""
+    """Hugging Face's Conv1D, a linear layer with an (in, out) weight, as `nn.Linear` is computed."""
 
     weight: Tensor
     bias: Tensor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.compat.blocks import BlockPart, Conv1DPart, GPT2BlockPart, LinearPart
+from fastgpt.compat.blocks import BlockPart, Conv1DPart, GPT2BlockPart
 from fastgpt.compat.loss import CausalLMPart, GPTPart
 from fastgpt.functional import scaled_dot_product_attention
 
@@ -84,7 +84,6 @@ _PARTS = {
         GELUTanhPart,
         LayerNormPart,
         CausalSelfAttentionPart,
-        LinearPart,
         Conv1DPart,
         GPT2BlockPart,
         BlockPart,

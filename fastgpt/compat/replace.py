@@ -28,11 +28,12 @@ _TORCH: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Tanh: nn.Tanh,
     torch.nn.Sigmoid: nn.Sigmoid,
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
+    torch.nn.Linear: nn.Linear,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
 _LEFT = {
     torch.nn.ReLU: "ops.relu is no faster than torch's",
-    torch.nn.MultiheadAttention: "not covered",
-    torch.nn.TransformerEncoderLayer: "not covered; its norms are replaced",
 }
 _HF_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 _HF_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
@@ -84,8 +85,6 @@ def _by_parts(module: Any, report: Report) -> type[torch.nn.Module] | None:
     kind: Any = type(module)
     checked: list[tuple[type[torch.nn.Module], Callable[[], torch.Tensor]]] = []
     weight = getattr(module, "weight", None)
-    if kind is torch.nn.Linear:
-        return parts.derived(parts.LinearPart, kind)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return parts.derived(parts.Conv1DPart, kind)
     if kind.__name__ == "GPT2Block" and kind.__module__.startswith("transformers."):

@@ -9,6 +9,8 @@ Importing this package changes nothing in torch.
 """
 
 from fastgpt.nn.attention import CausalSelfAttention, LayerCache
+from fastgpt.nn.encoder import MultiheadAttention, TransformerEncoderLayer
+from fastgpt.nn.linear import Linear, LinearCrossEntropyLoss
 from fastgpt.nn.mlp import ACTIVATIONS, GATED_ACTIVATIONS, MLP
 from fastgpt.nn.modules import (
     GELU,
@@ -37,7 +39,10 @@ __all__ = [
     "Embedding",
     "LayerCache",
     "LayerNorm",
+    "Linear",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
+    "MultiheadAttention",
     "RMSNorm",
     "ReLU",
     "SiLU",
@@ -45,4 +50,5 @@ __all__ = [
     "Softmax",
     "SwiGLU",
     "Tanh",
+    "TransformerEncoderLayer",
 ]

@@ -9,25 +9,17 @@ What the ops do not do goes to torch's own forward, and says so once a process t
     ReLU(inplace=True), SiLU(inplace=True), Dropout(inplace=True)  torch's in-place kernel
     Embedding with max_norm, scale_grad_by_freq or sparse
     CrossEntropyLoss with class weights or with class probabilities as the target
-
-Softmax needs its `dim`: torch guesses one where it is None, and deprecates that.
+    Softmax and LogSoftmax without a `dim`
+    input that an op refuses: torch computes it (relu of integers), or raises its own error (a wrong shape)
 """
 
-import functools
-import logging
 from typing import Any
 
 import torch
 
 from fastgpt import ops
-
-_log = logging.getLogger("fastgpt")
-
-
-@functools.cache
-def _log_fallback(what: str) -> None:
-    """Says once that torch computes `what`."""
-    _log.warning("%s is computed by torch: the fastgpt op does not support it", what)
+from fastgpt.nn.fallback import log_fallback as _log_fallback
+from fastgpt.nn.fallback import or_torch
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -44,6 +36,7 @@ class LayerNorm(torch.nn.LayerNorm):
         torch.Size([2, 4])
     """
 
+    @or_torch(torch.nn.LayerNorm.forward, "LayerNorm")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -62,6 +55,7 @@ class RMSNorm(torch.nn.RMSNorm):
         torch.Size([2, 4])
     """
 
+    @or_torch(torch.nn.RMSNorm.forward, "RMSNorm")
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
@@ -69,44 +63,32 @@ class RMSNorm(torch.nn.RMSNorm):
 class Softmax(torch.nn.Softmax):
     """torch.nn.Softmax(dim) on `ops.softmax`; any shape, the input's dtype.
 
-    Raises:
-        ValueError: dim is None.
-
     Example:
         >>> Softmax(dim=-1)(torch.zeros(1, 2))
         tensor([[0.5000, 0.5000]])
     """
 
-    dim: int
-
-    def __init__(self, dim: int | None = None) -> None:
-        if dim is None:
-            raise ValueError("dim: got None; give the dimension to normalise, for example Softmax(dim=-1)")
-        super().__init__(dim)
-
+    @or_torch(torch.nn.Softmax.forward, "Softmax")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.dim is None:
+            _log_fallback("Softmax without a dim")
+            return super().forward(input)
         return ops.softmax(input, self.dim)
 
 
 class LogSoftmax(torch.nn.LogSoftmax):
     """torch.nn.LogSoftmax(dim) on `ops.log_softmax`; any shape, the input's dtype.
 
-    Raises:
-        ValueError: dim is None.
-
     Example:
         >>> LogSoftmax(dim=-1)(torch.zeros(1, 2))
         tensor([[-0.6931, -0.6931]])
     """
 
-    dim: int
-
-    def __init__(self, dim: int | None = None) -> None:
-        if dim is None:
-            raise ValueError("dim: got None; give the dimension to normalise, for example LogSoftmax(dim=-1)")
-        super().__init__(dim)
-
+    @or_torch(torch.nn.LogSoftmax.forward, "LogSoftmax")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.dim is None:
+            _log_fallback("LogSoftmax without a dim")
+            return super().forward(input)
         return ops.log_softmax(input, self.dim)
 
 
@@ -118,6 +100,7 @@ class ReLU(torch.nn.ReLU):
         tensor([0., 2.])
     """
 
+    @or_torch(torch.nn.ReLU.forward, "ReLU")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.inplace:
             _log_fallback("ReLU(inplace=True)")
@@ -133,6 +116,7 @@ class Sigmoid(torch.nn.Sigmoid):
         tensor([0.5000])
     """
 
+    @or_torch(torch.nn.Sigmoid.forward, "Sigmoid")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.sigmoid(input)
 
@@ -145,6 +129,7 @@ class Tanh(torch.nn.Tanh):
         tensor([0.])
     """
 
+    @or_torch(torch.nn.Tanh.forward, "Tanh")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.tanh(input)
 
@@ -158,6 +143,7 @@ class GELU(torch.nn.GELU):
         tensor([0.])
     """
 
+    @or_torch(torch.nn.GELU.forward, "GELU")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.gelu(input, approximate=self.approximate)
 
@@ -170,6 +156,7 @@ class SiLU(torch.nn.SiLU):
         tensor([0.])
     """
 
+    @or_torch(torch.nn.SiLU.forward, "SiLU")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.inplace:
             _log_fallback("SiLU(inplace=True)")
@@ -185,6 +172,7 @@ class Dropout(torch.nn.Dropout):
         tensor([1.])
     """
 
+    @or_torch(torch.nn.Dropout.forward, "Dropout")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.inplace:
             _log_fallback("Dropout(inplace=True)")
@@ -214,6 +202,7 @@ class Embedding(torch.nn.Embedding):
         super().__init__(*args, **kwargs)
         self.accumulate_grad = accumulate_grad
 
+    @or_torch(torch.nn.Embedding.forward, "Embedding")
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
             _log_fallback("Embedding with max_norm, scale_grad_by_freq or sparse")
@@ -237,22 +226,36 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         tensor(1.3863)
     """
 
+    @or_torch(torch.nn.CrossEntropyLoss.forward, "CrossEntropyLoss")
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if self.weight is not None or target.is_floating_point():
             _log_fallback("CrossEntropyLoss with class weights or class probabilities")
             return super().forward(input, target)
-        if input.dim() > 2:
-            input = input.movedim(1, -1)  # (N, d1, ..., C)
-        classes = input.shape[-1]
-        if target.shape != input.shape[:-1]:
-            raise ValueError(
-                f"target: got shape {tuple(target.shape)}; these logits take class indices of shape {tuple(input.shape[:-1])}"
-            )
-        loss = ops.cross_entropy(
-            input.reshape(-1, classes),
-            target.reshape(-1),
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
+        return class_loss(input, target, self.ignore_index, self.reduction, self.label_smoothing)
+
+
+def class_loss(
+    input: torch.Tensor, target: torch.Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> torch.Tensor:
+    """torch's cross_entropy of class indices, the classes in dimension 1, on `ops.cross_entropy`.
+
+    Raises:
+        ValueError: a target of another shape.
+    """
+    if input.dim() > 2:
+        input = input.movedim(1, -1)  # (N, d1, ..., C)
+    classes = input.shape[-1]
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}; these logits take class indices of shape {tuple(input.shape[:-1])}"
         )
-        return loss.view(target.shape) if self.reduction == "none" else loss
+    loss = ops.cross_entropy(
+        input.reshape(-1, classes),
+        target.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if not torch.is_autocast_enabled(input.device.type):
+        loss = loss.to(input.dtype)  # the op's is float32 for half types; torch's is so under autocast only
+    return loss.view(target.shape) if reduction == "none" else loss
