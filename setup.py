@@ -73,7 +73,7 @@ else:
         "lib64",
     )
     MODULES["fastgpt._cuda"] = (
-        ["csrc/cuda", "csrc/python/cuda.cpp"],
+        ["csrc/cuda", "csrc/python/cuda.cpp", "csrc/python/cuda_attention.cpp"],
         "",
         f"{shlex.quote(str(NVCC[1] / library / 'libcudart_static.a'))} -ldl -lrt",
     )
@@ -86,6 +86,11 @@ def device_code() -> str:
         sys.exit(f"fastgpt: FASTGPT_CUDA_ARCH is {' '.join(names)!r}, expected numbers such as '80 90a 100a'")
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return " ".join([*codes, f"-gencode=arch=compute_{names[0]},code=compute_{names[0]}"])
+
+
+def device_flags(source: str) -> str:
+    """Flags of one .cu file. A name that ends in _sm90 or _sm90_backward: instructions that no other chip has, so one machine code."""
+    return "-gencode=arch=compute_90a,code=sm_90a" if "_sm90" in Path(source).name else device_code()
 
 
 def sources(places: list[str]) -> list[str]:
@@ -122,14 +127,14 @@ class NinjaBuild(build_ext):
             f"ldflags = {LINK_FLAGS}",
             f"extra_ldflags = {os.environ.get('FASTGPT_LDFLAGS', '')}",
             f"nvcc = {NVCC if isinstance(NVCC, str) else shlex.quote(NVCC[0])}",
-            f"nvccflags = {NVCC_FLAGS} {device_code()} -ccbin $cxx {include_flags}",
+            f"nvccflags = {NVCC_FLAGS} -ccbin $cxx {include_flags}",
             "rule compile",
             "  command = $cxx $cflags $flags $extra_cflags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
             "rule compile_device",
-            "  command = $nvcc $nvccflags -MMD -MF $out.d -c $in -o $out",
+            "  command = $nvcc $nvccflags $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
@@ -143,8 +148,10 @@ class NinjaBuild(build_ext):
             objects = []
             for source in sources(places):
                 target = build_dir / extension.name / f"{source}.o"
-                rule = "compile_device" if source.endswith(".cu") else "compile"
-                lines += [f"build {escape(target)}: {rule} {escape(ROOT / source)}", f"  flags = {compile_flags}"]
+                rule, flags = "compile", compile_flags
+                if source.endswith(".cu"):
+                    rule, flags = "compile_device", device_flags(source)
+                lines += [f"build {escape(target)}: {rule} {escape(ROOT / source)}", f"  flags = {flags}"]
                 objects.append(escape(target))
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -28,3 +28,16 @@ def swiglu_backward(
     kind: int, type: int, grad: int, gate: int, gate_stride: int, up: int, up_stride: int, dgate: int, dup: int, out_stride: int,
     rows: int, cols: int, stream: int,
 ) -> None: ...  # fmt: skip
+
+_Stride = tuple[int, ...]  # of batch, head and row, in elements
+
+def attention(
+    chip: int, type: int, query: int, query_stride: _Stride, key: int, key_stride: _Stride, value: int, value_stride: _Stride,
+    out: int, out_stride: _Stride, lse: int, sizes: tuple[int, ...], scale: float, causal: bool, stream: int,
+) -> None: ...  # fmt: skip
+def attention_backward(
+    chip: int, type: int, query: int, query_stride: _Stride, key: int, key_stride: _Stride, value: int, value_stride: _Stride,
+    out: int, out_stride: _Stride, lse: int, sizes: tuple[int, ...], scale: float, causal: bool, grad: int, grad_stride: _Stride,
+    grad_query: int, grad_query_stride: _Stride, grad_key: int, grad_key_stride: _Stride, grad_value: int,
+    grad_value_stride: _Stride, delta: int, stream: int,
+) -> None: ...  # fmt: skip

@@ -155,34 +155,4 @@ __global__ void __launch_bounds__(Sm80Forward<kDim>::kThreads) attention_fwd_sm8
                               [&](int t, int half) { return sum[t][half] == 0.0f ? 0.0f : 1.0f / sum[t][half]; });
 }
 
-template <class T, int kDim>
-void launch_attention_fwd_sm80(const Params& p, cudaStream_t stream) {
-  using Shape = Sm80Forward<kDim>;
-  launch_large(attention_fwd_sm80_kernel<T, kDim>,
-               dim3((p.queries + Shape::BLOCK_M - 1) / Shape::BLOCK_M, p.heads, p.batch), dim3(Shape::kThreads),
-               Shape::kSharedBytes, stream, p);
-}
-
-// Raises std::invalid_argument for what the kernel does not cover, before anything is launched.
-template <class T>
-void attention_fwd_sm80(const Params& p, cudaStream_t stream) {
-  check_shape(p);
-  check_rows("query", p.query, p.query_stride);
-  check_rows("key", p.key, p.key_stride);
-  check_rows("value", p.value, p.value_stride);
-  check_rows("out", p.out, p.out_stride);
-  switch (p.dim) {
-    case 32:
-      return launch_attention_fwd_sm80<T, 32>(p, stream);
-    case 64:
-      return launch_attention_fwd_sm80<T, 64>(p, stream);
-    case 96:
-      return launch_attention_fwd_sm80<T, 96>(p, stream);
-    case 128:
-      return launch_attention_fwd_sm80<T, 128>(p, stream);
-    default:
-      throw std::invalid_argument("head_dim: expected 32, 64, 96 or 128, got " + std::to_string(p.dim));
-  }
-}
-
 }  // namespace fastgpt::attention

@@ -23,8 +23,9 @@ struct Sm80Backward {
   static constexpr int kSharedBytes = 2 * kRowsBytes + 4 * kColumnsBytes + 4 * BLOCK_COLUMNS * 4;
 };
 
-// delta = sum of dO O over a row, a warp a row.
-template <class T>
+// delta = sum of dO O over a row, a warp a row. kChip keeps the two engines' machine code apart: one kernel in files
+// that are compiled for different chips would be found once, for some chip.
+template <class T, int kChip>
 __global__ void __launch_bounds__(128) attention_delta_kernel(const Params p) {
   const int lane = threadIdx.x % 32, head = blockIdx.y, batch = blockIdx.z;
   const int row = blockIdx.x * 4 + threadIdx.x / 32;
@@ -214,35 +215,6 @@ __global__ void __launch_bounds__(Sm80Backward<kDim>::kThreads) attention_bwd_q_
   T* dq = static_cast<T*>(p.grad_query) + batch * p.grad_query_stride.batch + head * p.grad_query_stride.head;
   store_rows<T, kDim, 1>(dq, p.grad_query_stride.row, first_query + warp_row, p.queries, grad_query,
                          [&](int, int) { return p.scale; });
-}
-
-template <class T, int kDim>
-void launch_attention_bwd_sm80(const Params& p, cudaStream_t stream) {
-  using Shape = Sm80Backward<kDim>;
-  constexpr int kRows = Shape::BLOCK_ROWS;
-  launch(attention_delta_kernel<T>, dim3((p.queries + 3) / 4, p.heads, p.batch), dim3(128), 0, stream, p);
-  launch_large(attention_bwd_kv_sm80_kernel<T, kDim>, dim3((p.keys + kRows - 1) / kRows, p.kv_heads, p.batch),
-               dim3(Shape::kThreads), Shape::kSharedBytes, stream, p);
-  launch_large(attention_bwd_q_sm80_kernel<T, kDim>, dim3((p.queries + kRows - 1) / kRows, p.heads, p.batch),
-               dim3(Shape::kThreads), Shape::kSharedBytes, stream, p);
-}
-
-// Raises std::invalid_argument for what the kernels do not cover, before anything is launched.
-template <class T>
-void attention_bwd_sm80(const Params& p, cudaStream_t stream) {
-  check_backward(p);
-  switch (p.dim) {
-    case 32:
-      return launch_attention_bwd_sm80<T, 32>(p, stream);
-    case 64:
-      return launch_attention_bwd_sm80<T, 64>(p, stream);
-    case 96:
-      return launch_attention_bwd_sm80<T, 96>(p, stream);
-    case 128:
-      return launch_attention_bwd_sm80<T, 128>(p, stream);
-    default:
-      throw std::invalid_argument("head_dim: expected 32, 64, 96 or 128, got " + std::to_string(p.dim));
-  }
 }
 
 }  // namespace fastgpt::attention

@@ -12,10 +12,11 @@
 // default: it has not run on a GPU yet; see docs/notes/hopper.md.
 #pragma once
 
+#include <cuda.h>
+
 #include "cuda/attention_schedule.cuh"
 #include "cuda/attention_tiles.cuh"
 #include "cuda/hopper.cuh"
-#include "cuda/tensor_map.cuh"
 
 namespace fastgpt::attention {
 
@@ -273,42 +274,6 @@ __global__ void __launch_bounds__(Sm90Forward<kDim>::kThreads, 1)
   } else {
     ptx::registers_increase<Shape::kConsumerRegisters>();
     attention_fwd_sm90_consume<T, kDim>(p, schedule, memory, warpgroup - 1);
-  }
-}
-
-template <class T, int kDim>
-void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t stream) {
-  using Shape = Sm90Forward<kDim>;
-  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
-  const auto map = [&](const char* name, const void* x, const Strides& s, int length, int heads, int rows) {
-    return heads_tensor_map(name, x, kBFloat16, kDim, length, heads, p.batch, s.row, s.head, s.batch, rows);
-  };
-  const int blocks = (p.queries + Shape::BLOCK_M - 1) / Shape::BLOCK_M, group = p.heads / p.kv_heads;
-  const int64_t bytes_of_keys = static_cast<int64_t>(p.keys) * kDim * 4;
-  const Schedule schedule = longest_first(blocks, p.heads, p.batch, bytes_of_keys, group);
-  const int count = schedule.count();
-  launch_large(attention_fwd_sm90_kernel<T, kDim>, dim3(count < multiprocessors ? count : multiprocessors),
-               dim3(Shape::kThreads), Shape::kSharedBytes, stream,
-               map("query", p.query, p.query_stride, p.queries, p.heads, Shape::BLOCK_M),
-               map("key", p.key, p.key_stride, p.keys, p.kv_heads, Shape::BLOCK_N),
-               map("value", p.value, p.value_stride, p.keys, p.kv_heads, Shape::BLOCK_N), p, schedule);
-}
-
-// Raises std::invalid_argument for what the kernel does not cover, before anything is launched.
-template <class T>
-void attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t stream) {
-  check_shape(p);
-  check_rows("query", p.query, p.query_stride);
-  check_rows("key", p.key, p.key_stride);
-  check_rows("value", p.value, p.value_stride);
-  check_rows("out", p.out, p.out_stride);
-  switch (p.dim) {
-    case 64:
-      return launch_attention_fwd_sm90<T, 64>(p, multiprocessors, stream);
-    case 128:
-      return launch_attention_fwd_sm90<T, 128>(p, multiprocessors, stream);
-    default:
-      throw std::invalid_argument("head_dim: expected 64 or 128, got " + std::to_string(p.dim));
   }
 }
 

@@ -205,39 +205,4 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
   }
 }
 
-template <class T, int kDim>
-void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
-  using Shape = Sm90Backward<kDim>;
-  constexpr int kRows = Shape::BLOCK_ROWS, kColumns = Shape::BLOCK_COLUMNS;
-  const auto map = [&](const char* name, const void* x, const Strides& s, int length, int heads, int rows) {
-    constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
-    return heads_tensor_map(name, x, kBFloat16, kDim, length, heads, p.batch, s.row, s.head, s.batch, rows);
-  };
-  const auto query = [&](int rows) { return map("query", p.query, p.query_stride, p.queries, p.heads, rows); };
-  const auto grad = [&](int rows) { return map("grad", p.grad, p.grad_stride, p.queries, p.heads, rows); };
-  const auto key = [&](int rows) { return map("key", p.key, p.key_stride, p.keys, p.kv_heads, rows); };
-  const auto value = [&](int rows) { return map("value", p.value, p.value_stride, p.keys, p.kv_heads, rows); };
-  launch(attention_delta_kernel<T>, dim3((p.queries + 3) / 4, p.heads, p.batch), dim3(128), 0, stream, p);
-  launch_large(attention_bwd_sm90_kernel<T, kDim, true>, dim3((p.keys + kRows - 1) / kRows, p.kv_heads, p.batch),
-               dim3(Shape::kThreads), Shape::kSharedBytes, stream, key(kRows), value(kRows), query(kColumns),
-               grad(kColumns), p);
-  launch_large(attention_bwd_sm90_kernel<T, kDim, false>, dim3((p.queries + kRows - 1) / kRows, p.heads, p.batch),
-               dim3(Shape::kThreads), Shape::kSharedBytes, stream, query(kRows), grad(kRows), key(kColumns),
-               value(kColumns), p);
-}
-
-// Raises std::invalid_argument for what the kernels do not cover, before anything is launched.
-template <class T>
-void attention_bwd_sm90(const Params& p, cudaStream_t stream) {
-  check_backward(p);
-  switch (p.dim) {
-    case 64:
-      return launch_attention_bwd_sm90<T, 64>(p, stream);
-    case 128:
-      return launch_attention_bwd_sm90<T, 128>(p, stream);
-    default:
-      throw std::invalid_argument("head_dim: expected 64 or 128, got " + std::to_string(p.dim));
-  }
-}
-
 }  // namespace fastgpt::attention

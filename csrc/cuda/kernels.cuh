@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/attention_params.cuh"
+
 namespace fastgpt::cuda {
 
 enum class Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -60,6 +62,13 @@ struct DropoutArgs {
   float scale;
 };
 void dropout(Type x_type, Type type, const DropoutArgs& a, Stream stream);
+
+// O and the log-sum-exp, and the gradients; bfloat16 and float16. sm80: head sizes 32, 64, 96, 128 on any chip from
+// sm_80 on; sm90: 64 and 128 on sm_90a alone.
+void attention_sm80(Type type, const attention::Params& p, Stream stream);
+void attention_backward_sm80(Type type, const attention::Params& p, Stream stream);
+void attention_sm90(Type type, const attention::Params& p, Stream stream);
+void attention_backward_sm90(Type type, const attention::Params& p, Stream stream);
 
 // Driver's and runtime's words on why there is no device, or null.
 const char* why_no_device();

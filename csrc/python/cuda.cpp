@@ -1,9 +1,11 @@
 // The module fastgpt._cuda: launchers of csrc/cuda on addresses; shapes and dtypes are checked by fastgpt/ops/cuda.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 
 #include "cuda/kernels.cuh"
+#include "python/cuda_attention.h"
 
 namespace py = pybind11;
 using namespace fastgpt::cuda;
@@ -46,6 +48,7 @@ PYBIND11_MODULE(_cuda, m) {
         return reason == nullptr ? py::object(py::none()) : py::object(py::str(reason));
       },
       "Why no device can be used, or None where one can.");
+  bind_attention(m);
   m.def("softmax", &bind_softmax, py::arg("type"), py::arg("x"), py::arg("y_in"), py::arg("y"), py::arg("mask"),
         py::arg("mask_stride"), py::arg("batch"), py::arg("heads"), py::arg("queries"), py::arg("cols"),
         py::arg("scale"), py::arg("causal"), py::arg("log"), py::arg("backward"), py::arg("stream"));

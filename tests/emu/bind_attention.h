@@ -27,3 +27,24 @@ inline Params backward_params(const emu::Arguments& a) {
   p.grad_value = a.pointer<void>(16), p.delta = a.pointer<float>(17);
   return p;
 }
+
+// The arguments of the module's functions `attention` and `attention_backward` (csrc/python/cuda_attention.cpp), flat.
+inline Params module_params(const emu::Arguments& a, bool backward) {
+  int next = 2;  // after the chip and the type
+  const auto strides = [&] {
+    next += 3;
+    return Strides{a.integer(next - 3), a.integer(next - 2), a.integer(next - 1)};
+  };
+  const auto pointer = [&] { return a.pointer<void>(next++); };
+  Params p = {};
+  p.query = pointer(), p.query_stride = strides(), p.key = pointer(), p.key_stride = strides();
+  p.value = pointer(), p.value_stride = strides(), p.out = pointer(), p.out_stride = strides();
+  p.lse = static_cast<float*>(pointer());
+  for (int* size : {&p.batch, &p.heads, &p.kv_heads, &p.queries, &p.keys, &p.dim}) *size = a.integer(next++);
+  p.scale = a.number(next++), p.causal = a.integer(next++);
+  if (!backward) return p;
+  p.grad = pointer(), p.grad_stride = strides(), p.grad_query = pointer(), p.grad_query_stride = strides();
+  p.grad_key = pointer(), p.grad_key_stride = strides(), p.grad_value = pointer(), p.grad_value_stride = strides();
+  p.delta = static_cast<float*>(pointer());
+  return p;
+}

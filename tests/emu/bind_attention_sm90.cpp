@@ -1,6 +1,5 @@
 #include "bind_attention.h"
-#include "cuda/attention_sm90.cuh"
-#include "cuda/attention_sm90_backward.cuh"
+#include "cuda/attention_sm90_launch.cuh"
 
 // The first argument after the common ones is the number of multiprocessors, the grid's limit.
 #if !defined(EMU_TSAN) && !defined(EMU_ASAN)
@@ -25,4 +24,16 @@ EMU_BIND(attention_bwd_fp16) { attention_bwd_sm90<__half>(backward_params(a), nu
 EMU_BIND(attention_bwd_bf16) { attention_bwd_sm90<__nv_bfloat16>(backward_params(a), nullptr); }
 #else
 EMU_BIND(attention_bwd_bf16) { launch_attention_bwd_sm90<__nv_bfloat16, 64>(backward_params(a), nullptr); }
+#endif
+
+#if !defined(EMU_TSAN) && !defined(EMU_ASAN)
+// As fastgpt/ops/cuda_attention.py calls the module.
+EMU_BIND(attention) {
+  with_half_type(static_cast<fastgpt::cuda::Type>(a.integer(1)),
+                 [&](auto x) { attention_fwd_sm90<decltype(x)>(module_params(a, false), 2, nullptr); });
+}
+EMU_BIND(attention_backward) {
+  with_half_type(static_cast<fastgpt::cuda::Type>(a.integer(1)),
+                 [&](auto x) { attention_bwd_sm90<decltype(x)>(module_params(a, true), nullptr); });
+}
 #endif

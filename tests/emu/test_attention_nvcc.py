@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {
-    "sm80": '#include "cuda/attention_sm80.cuh"\n#include "cuda/attention_sm80_backward.cuh"\n'
+    "sm80": '#include "cuda/attention_sm80_launch.cuh"\n'
     "template void fastgpt::attention::attention_fwd_sm80<T>(const Params&, cudaStream_t);\n"
     "template void fastgpt::attention::attention_bwd_sm80<T>(const Params&, cudaStream_t);\n",
-    "sm90": '#include "cuda/attention_sm90.cuh"\n'
+    "sm90": '#include "cuda/attention_sm90_launch.cuh"\n'
     "template void fastgpt::attention::attention_fwd_sm90<T>(const Params&, int, cudaStream_t);\n",
-    "sm90 backward": '#include "cuda/attention_sm90_backward.cuh"\n'
+    "sm90 backward": '#include "cuda/attention_sm90_launch.cuh"\n'
     "template void fastgpt::attention::attention_bwd_sm90<T>(const Params&, cudaStream_t);\n",
 }
 

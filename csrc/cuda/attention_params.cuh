@@ -1,0 +1,30 @@
+// What a call of the attention kernels is given: plain data, for the bindings, the launchers and the kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt::attention {
+
+struct Strides {
+  int64_t batch, head, row;  // in elements; the head's dimension is contiguous
+};
+
+// Tensors are (B, H, T, D) by their strides, D contiguous, rows 16-byte aligned; lse and delta are contiguous
+// (B, H, Tq). Causal masks are aligned bottom-right: query i sees keys j <= i + keys - queries.
+struct Params {
+  const void *query, *key, *value;
+  void* out;   // written by the forward, read by the backward
+  float* lse;  // -inf where a query sees no key
+  Strides query_stride, key_stride, value_stride, out_stride;
+  int batch, heads, kv_heads, queries, keys, dim;
+  float scale;  // positive
+  bool causal;
+
+  // Of the backward alone. `delta` is scratch, (B, H, Tq): the row sums of dO O.
+  const void* grad;
+  void *grad_query, *grad_key, *grad_value;
+  float* delta;
+  Strides grad_stride, grad_query_stride, grad_key_stride, grad_value_stride;
+};
+
+}  // namespace fastgpt::attention

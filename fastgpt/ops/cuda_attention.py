@@ -1,0 +1,112 @@
+"""Attention of the engine `cuda`: which kernels of csrc/cuda take a call, and how they are given it.
+
+Two sets of kernels: `attention_sm80` (mma.sync, cp.async; head sizes 32, 64, 96, 128; every chip from compute capability 8.0 on) and
+`attention_sm90` (tensor copies and wgmma; head sizes 64 and 128; compute capability 9.0 alone). float16 and bfloat16, causal (aligned
+bottom-right) and full, grouped heads, any number of queries and keys. Tensors are read where they lie if the last dimension is
+contiguous and rows begin at multiples of 16 bytes, and copied if not.
+
+Nothing here has run on a GPU (see cuda.VERIFIED), and the two sets are switched apart: `attention_sm90` is taken where it is in
+VERIFIED or FASTGPT_CUDA_SM90=1 asks for it, `attention_sm80` otherwise.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops import cuda
+from fastgpt.ops.attention import _empty_like
+from fastgpt.ops.backend import NotCovered, implement
+
+SM80_DIMS, SM90_DIMS = (32, 64, 96, 128), (64, 128)
+
+
+def chip_for(capability: tuple[int, int], dim: int) -> int:
+    """The set of kernels, 80 or 90, that takes attention of head size `dim` on a device of that compute capability.
+
+    Raises:
+        NotCovered: a head size that neither has.
+
+    >>> chip_for((8, 6), 96)
+    80
+    """
+    if dim not in SM80_DIMS:
+        raise NotCovered(f"a head size of {dim}; covered are {', '.join(map(str, SM80_DIMS))}")
+    wanted = "attention_sm90" in cuda.VERIFIED or os.environ.get("FASTGPT_CUDA_SM90", "0") not in ("", "0")
+    return 90 if wanted and capability == (9, 0) and dim in SM90_DIMS else 80
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it where its rows cannot be read 16 bytes at a time."""
+    strides = x.stride()
+    if strides[3] == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides[:3]):
+        return x
+    return x.contiguous()
+
+
+def _covers(scale: float, dropout_p: float, *tensors: Tensor) -> int:
+    """The code of the tensors' dtype; NotCovered where no kernel takes the call."""
+    cuda._check(*tensors)
+    code = cuda._same_type(*tensors)
+    if code == 0:
+        raise NotCovered("dtype torch.float32; covered are float16 and bfloat16")
+    if dropout_p > 0.0:
+        raise NotCovered("dropout")
+    if not scale > 0.0:
+        raise NotCovered(f"a scale of {scale}; covered are positive ones")
+    if any(x.numel() == 0 for x in tensors):
+        raise NotCovered("empty tensors")
+    batch, heads, queries, _ = tensors[0].shape
+    if max(batch, heads) > 65535 or max(queries, tensors[1].shape[2]) > 2**30:
+        raise NotCovered("more than 65535 batches or heads, or 2^30 queries or keys")
+    return code
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device)
+
+
+def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int, int, int, int]:
+    batch, heads, queries, dim = query.shape
+    return batch, heads, key.shape[1], queries, key.shape[2], dim
+
+
+def _place(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), x.stride()[:3]
+
+
+@implement("attention", "cuda")
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    code = _covers(scale, dropout_p, query, key, value)
+    chip = chip_for(_capability(query), query.shape[3])
+    q, k, v = _readable(query), _readable(key), _readable(value)
+    out = _empty_like(q, q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    places = (*_place(q), *_place(k), *_place(v), *_place(out), lse.data_ptr())
+    cuda._launch("attention", q.device, chip, code, *places, _sizes(q, k), scale, is_causal)
+    return out, lse
+
+
+@implement("attention_backward", "cuda")
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    code = _covers(scale, dropout_p, query, key, value, out, grad)
+    chip = chip_for(_capability(query), query.shape[3])
+    q, k, v, o, g = (_readable(x) for x in (query, key, value, out, grad))
+    lse = lse.contiguous()
+    dq, dk, dv = (_empty_like(x, x.shape) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    places = (*_place(q), *_place(k), *_place(v), *_place(o), lse.data_ptr())
+    grads = (*_place(g), *_place(dq), *_place(dk), *_place(dv), delta.data_ptr())
+    cuda._launch("attention_backward", q.device, chip, code, *places, _sizes(q, k), scale, is_causal, *grads)
+    return dq, dk, dv

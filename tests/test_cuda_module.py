@@ -1,0 +1,63 @@
+"""The functions of fastgpt._cuda take what fastgpt/ops gives them: without a GPU each gets as far as its own checks, or the launch."""
+
+import importlib.util
+
+import pytest
+import torch
+
+needs_build = pytest.mark.skipif(
+    importlib.util.find_spec("fastgpt._cuda") is None, reason="built without the CUDA kernels"
+)
+no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="the addresses are made up")
+pytestmark = [needs_build, no_device]
+
+ROW = (64, 64, 64)
+TENSORS = (16, ROW, 16, ROW, 16, ROW, 16, ROW, 16)
+
+
+def sizes(heads: int = 1, dim: int = 64) -> tuple[int, ...]:
+    return 1, heads, 1, 1, 1, dim
+
+
+def attention(
+    chip: int = 80, type: int = 1, tensors: tuple = TENSORS, of: tuple = sizes(), backward: bool = False
+) -> None:
+    from fastgpt import _cuda
+
+    grads = (16, ROW, 16, ROW, 16, ROW, 16, ROW, 16) if backward else ()
+    function = _cuda.attention_backward if backward else _cuda.attention
+    function(chip, type, *tensors, of, 1.0, True, *grads, 0)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chip": 70}, "chip: expected 80 or 90, got 70"),
+        ({"type": 0}, r"type: expected 1 \(bfloat16\) or 2 \(float16\), got 0"),
+        ({"of": sizes(dim=80)}, "head_dim: expected 32, 64, 96 or 128, got 80"),
+        ({"of": sizes(heads=0)}, "expected sizes of 1 and more"),
+        ({"tensors": (16, ROW, 24, *TENSORS[3:])}, "key: rows must be 16-byte aligned"),
+        (
+            {"tensors": (*TENSORS[:5], (64, 64, 4), *TENSORS[6:])},
+            "value: rows must be 16-byte aligned; got strides 64, 64, 4",
+        ),
+    ],
+)
+def test_attention_refuses_what_its_kernels_cannot_read(change: dict, message: str, backward: bool) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(**change, backward=backward)
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_launch_without_a_device_raises(chip: int, backward: bool) -> None:
+    with pytest.raises(RuntimeError, match=r"attention|tensor map|driver|device"):
+        attention(chip, backward=backward)
+
+
+def test_softmax_takes_the_strides_of_its_mask() -> None:
+    from fastgpt import _cuda
+
+    with pytest.raises(ValueError, match="type: expected"):
+        _cuda.softmax(9, 16, 0, 16, 0, [0, 0, 0], 1, 1, 1, 8, 1.0, False, False, False, 0)
