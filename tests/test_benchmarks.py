@@ -23,7 +23,7 @@ pytest.importorskip("pytest_benchmark")
 
 from pytest_benchmark.stats import Metadata
 
-from fastgpt.benchmarks import harness, plain_gpt, plot, record
+from fastgpt.benchmarks import harness, plain_gpt, plot, record, table
 from fastgpt.benchmarks.harness import DisagreementError, Variant, check, error_of, measure, ours
 from fastgpt.model import GPT, GPTConfig
 
@@ -295,3 +295,38 @@ def test_the_plain_model_is_ours_with_the_same_weights() -> None:
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-5)
     with pytest.raises(ValueError, match="activation 'gelu'"):
         plain_gpt.PlainGPT(GPTConfig(vocab_size=31, block_size=12, n_layer=2, n_head=2, n_embd=16))
+
+
+def result_file(folder: Path, name: str, case: str, **medians: float) -> None:
+    variants = [
+        {"name": key.replace("_", " "), "ours": key.startswith("fastgpt"), "median_ms": ms}
+        for key, ms in medians.items()
+    ]
+    (folder / f"{name}.json").write_text(json.dumps({"cases": [{"name": case, "variants": variants}]}))
+
+
+def test_readmes_tables_compare_with_the_fastest_other(tmp_path: Path) -> None:
+    result_file(
+        tmp_path,
+        "cross_entropy",
+        "forward and backward fp32 4096x50257",
+        fastgpt=4.0,
+        fastgpt_in_place=1.0,
+        torch_eager=40.0,
+        compiled=12.0,
+    )
+    result_file(
+        tmp_path, "train_step", "12 layers, 768 wide, T 256, B 4: step bf16", fastgpt=5.0, torch_eager=9.0, compiled=6.0
+    )
+    lines = table.tables(tmp_path).splitlines()
+    assert lines[2:4] == [
+        "| cross_entropy 4096 x 50257, forward + backward | 3.0 x |  |",
+        "| the same, the gradient in place of the logits | 12 x |  |",
+    ]
+    assert lines[-1] == "| GPT-2 124M, T 256, B 4 |  |  | 1.2 x | 5 against 6 ms, 1.2 x |"
+
+
+def test_readmes_tables_are_those_of_the_result_files() -> None:
+    root = Path(__file__).parents[1]
+    (chip,) = (root / "benchmarks/results").glob("amd-*")
+    assert table.tables(chip) in (root / "README.md").read_text()
