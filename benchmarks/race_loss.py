@@ -1,6 +1,7 @@
 """A race to a validation loss on tiny shakespeare's characters: nanoGPT's CPU run in plain torch against fastgpt, on one machine.
 
     python -m benchmarks.race_loss --data tinyshakespeare.txt
+    python -m benchmarks.race_loss --data tinyshakespeare.txt --mark 1.55      # ours alone, to a lower loss: race_mark.py
 
 The plain side is nanoGPT's configuration for a CPU (its README: 4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 steps, fp32,
 no compiling) on plain_gpt.py with nanoGPT's starting weights, random crops, schedule and fused AdamW. Its last validation loss is
@@ -23,14 +24,14 @@ import torch
 from fastgpt.data.loader import EvalBatches, Loader
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import CharTokenizer
-from fastgpt.train.evaluate import autocast, mean_loss
+from fastgpt.train.evaluate import autocast, choose_dtype, mean_loss
 from fastgpt.train.heap import keep_pages
-from fastgpt.train.loop import choose_dtype
 from fastgpt.train.optimizer import build_optimizer, clip_scale
 from fastgpt.train.schedule import Schedule
 
 from . import record
 from .plain_gpt import PlainGPT, plain_optimizer
+from .race_mark import run_to
 
 BLOCK, BATCH, SLICE, EVAL_EVERY = 64, 12, 50, 100
 STEPS, RATE, WARMUP = 2000, 1e-3, 100  # nanoGPT's
@@ -163,14 +164,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Race nanoGPT's CPU run to its own validation loss.")
     parser.add_argument("--data", type=Path, required=True, help="tiny shakespeare, or any text")
     parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--mark", type=float, default=None, help="a validation loss: ours alone, until it is reached")
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for the result; the other benchmarks' by default"
     )
     arguments = parser.parse_args()
     keep_pages()
-    result = race(arguments.data.read_text(encoding="utf-8"), arguments.seed)
+    text = arguments.data.read_text(encoding="utf-8")
     facts = {"date": record.now(), "machine": record.machine(), "versions": record.versions(), "cases": []}
-    record.write(arguments.out or record.default_out(), {"benchmark": "race_loss", **facts, **result})
+    out = arguments.out or record.default_out()
+    if arguments.mark is not None:
+        found = run_to(text, arguments.mark, arguments.seed)
+        record.write(out, {"benchmark": "race_mark", **facts, **found})
+        took = (
+            f"{found['our_seconds']:.1f} s" if found["our_seconds"] else f"not reached ({found['our_last_loss']:.4f})"
+        )
+        print(f"mark {arguments.mark:.4f}: fastgpt {took}, {found['tokens']:,} tokens")
+        return 0
+    result = race(text, arguments.seed)
+    record.write(out, {"benchmark": "race_loss", **facts, **result})
     ours = f"{result['our_seconds']:.1f} s, {result['speedup']:.2f} x" if result["our_seconds"] else "not reached"
     print(f"mark {result['mark']:.4f}: plain torch {result['plain_seconds']:.1f} s; fastgpt {ours}")
     return 0

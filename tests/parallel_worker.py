@@ -30,7 +30,7 @@ def train(entry: dict, group) -> dict:
         loss = step(learning_rate)
         measured["losses"].append(loss)
         if trainer.state.step + 1 == entry["stop"]:
-            trainer._signal, trainer._stop = signal.SIGINT, True
+            trainer.signals.number, trainer._stop = signal.SIGINT, True
         return loss
 
     def norm() -> float:

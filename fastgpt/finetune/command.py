@@ -97,7 +97,7 @@ def load_base(run: str, options: Options) -> "tuple[GPT, Any, torch.dtype]":
 
     from fastgpt.infer import load_run
     from fastgpt.model import GPT
-    from fastgpt.train.loop import choose_dtype
+    from fastgpt.train.evaluate import choose_dtype
     from fastgpt.train.run import choose_device
 
     device = choose_device(options.device)

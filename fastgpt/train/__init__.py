@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgpt.train.config import Config, load_config
-    from fastgpt.train.loop import Outcome, Trainer
+    from fastgpt.train.loop import Trainer
+    from fastgpt.train.outcome import Outcome
     from fastgpt.train.run import Run, open_run, start_run
 
 __all__ = ["Config", "Outcome", "Run", "Trainer", "load_config", "open_run", "start_run"]
@@ -21,7 +22,7 @@ __all__ = ["Config", "Outcome", "Run", "Trainer", "load_config", "open_run", "st
 _LAZY = {
     "Config": "config",
     "load_config": "config",
-    "Outcome": "loop",
+    "Outcome": "outcome",
     "Trainer": "loop",
     "Run": "run",
     "open_run": "run",

@@ -65,6 +65,15 @@ class TrainState:
     warned_overfitting: bool = False
     threads: int = 0
 
+    def note(self, train_loss: float, val_loss: float) -> bool:
+        """Take in an evaluation at this step; whether it is the best so far."""
+        if self.best_loss is not None and val_loss >= self.best_loss:
+            self.evals_without_better += 1
+            return False
+        self.best_loss, self.best_step, self.train_loss_at_best = val_loss, self.step, train_loss
+        self.evals_without_better = 0
+        return True
+
 
 def _crc32(path: Path) -> int:
     value = 0

@@ -11,7 +11,7 @@ from fastgpt.errors import UserError
 from fastgpt.tokenizer import load_tokenizer
 from fastgpt.train.config import Config
 from fastgpt.train.estimate import report
-from fastgpt.train.loop import choose_dtype
+from fastgpt.train.evaluate import choose_dtype
 from fastgpt.train.run import choose_device, model_config
 
 

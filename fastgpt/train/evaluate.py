@@ -1,4 +1,4 @@
-"""The loss on fixed text, and the bigram baseline on the same tokens."""
+"""The number format of a run, the loss on fixed text, and the bigram baseline on the same tokens."""
 
 import math
 from collections.abc import Iterable
@@ -14,6 +14,16 @@ from fastgpt.train.sharded import divide_again
 
 ALONE = Group()
 BIGRAM_TOKENS = 20_000_000  # counting more changes the baseline's third decimal and takes seconds
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """torch.float32 or torch.bfloat16 for `train.dtype`; auto takes bfloat16 where the chip multiplies it in hardware."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public question for it in torch 2.11 to 2.13
+    return torch.bfloat16 if probe is not None and probe() else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

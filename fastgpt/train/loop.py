@@ -17,13 +17,8 @@ number, and when the validation loss has not improved for `patience` evaluations
 """
 
 import math
-import shlex
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,56 +30,26 @@ from fastgpt.model import GPT, load_model
 from fastgpt.model.weights import save_tensors
 from fastgpt.terminal import counted
 from fastgpt.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
-from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, fit_bigram, mean_loss
+from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, choose_dtype, fit_bigram, mean_loss
 from fastgpt.train.files import explain_writing
 from fastgpt.train.metrics import Metrics, plot_losses
 from fastgpt.train.optimizer import build_optimizer, update
-from fastgpt.train.parallel import Group, Parallel, device_of, explain_loss, launcher, lost_peer
+from fastgpt.train.outcome import Outcome, diverged, finished, interrupted, out_of_patience
+from fastgpt.train.parallel import Group, Parallel, device_of, explain_loss, lost_peer
 from fastgpt.train.plan import Budget, eval_interval
-from fastgpt.train.progress import Progress, duration
+from fastgpt.train.progress import Pace, Progress, duration
+from fastgpt.train.report import parting
 from fastgpt.train.run import KEEP_CHECKPOINTS, Run, choose_device, write_config, write_summary
 from fastgpt.train.schedule import Schedule
+from fastgpt.train.signals import StopSignals
 from fastgpt.train.track import Tracking, tracker_names
 
 PLOT_INTERVAL_S = 5.0
-SAME_SIGNAL_S = 5.0
 ALONE = Group()
 
 
 def _nothing(message: str) -> None:
     """What the ranks other than 0 say."""
-
-
-@dataclass
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        status: "finished", "patience", "interrupted" or "diverged".
-        message: one line for the user.
-        state: the run's state.
-        signal: the number of the signal that interrupted it, else 0.
-    """
-
-    status: str
-    message: str
-    state: TrainState
-    signal: int = 0
-
-    @property
-    def exit_code(self) -> int:
-        """That of the process: 0, 1 where the run diverged, 128 + N after signal N."""
-        return 1 if self.status == "diverged" else 128 + self.signal if self.status == "interrupted" else 0
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """torch.float32 or torch.bfloat16 for `train.dtype`; auto takes bfloat16 where the chip multiplies it in hardware."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public question for it in torch 2.11 to 2.13
-    return torch.bfloat16 if probe is not None and probe() else torch.float32
 
 
 class Trainer:
@@ -149,8 +114,8 @@ class Trainer:
             self.metrics.keep_until(self.state.step if self.last_good is not None else -1)
         self._plan()
         self.tracking = Tracking([], run.folder, {}, 0, self.say)
-        self._signal, self._signal_time, self._stop = 0, 0.0, False
-        self._interval_tokens, self._interval_s, self._plotted = 0, 0.0, 0.0
+        self.signals, self._stop = StopSignals(several=group.world_size > 1), False
+        self.pace, self._plotted = Pace(), 0.0
 
     def _restore(self, checkpoint: Path) -> None:
         threads = self.state.threads
@@ -213,9 +178,9 @@ class Trainer:
     def _mean_and_signal(self, loss: torch.Tensor) -> float:
         """The mean of a loss over the ranks; in the same exchange they learn whether a signal has come to one of them."""
         if self.group.world_size == 1:
-            self._stop = self._signal != 0
+            self._stop = self.signals.number != 0
             return loss.item()
-        mine = torch.stack([loss, torch.full_like(loss, float(self._signal != 0))])
+        mine = torch.stack([loss, torch.full_like(loss, float(self.signals.number != 0))])
         total, signals = self.group.sum(mine).tolist()
         self._stop = signals > 0
         return total / self.group.world_size
@@ -229,17 +194,12 @@ class Trainer:
         train_loss, val_loss = self._mean_loss(self.eval_train), self._mean_loss(self.eval_val)
         if not math.isfinite(val_loss):
             return False
-        speed = self._interval_tokens / self._interval_s if self._interval_s else 0.0
-        self._interval_tokens, self._interval_s = 0, 0.0
-        better = state.best_loss is None or val_loss < state.best_loss
+        speed = self.pace.take()
+        better = state.note(train_loss, val_loss)
         if better:
-            state.best_loss, state.best_step, state.train_loss_at_best = val_loss, state.step, train_loss
-            state.evals_without_better = 0
             weights = self.parallel.weights()
             if self.group.main:
                 save_tensors(weights, self.model.config, self.run.folder / "model.safetensors")
-        else:
-            state.evals_without_better += 1
         self._record(
             {
                 "step": state.step,
@@ -255,8 +215,9 @@ class Trainer:
         words = f"step {state.step:,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
         words += f" (bigram {self.bigram_val_loss:.4f})"
         progress.say(words + (f", {speed:,.0f} tokens/s" if speed else ""))
-        if not better:
-            self._warn_overfitting(progress, train_loss, val_loss)
+        if not better and not state.warned_overfitting and (warning := parting(state, train_loss, val_loss)):
+            state.warned_overfitting = True
+            progress.say(warning)
         return True
 
     def _record(self, line: dict[str, Any]) -> None:
@@ -270,20 +231,6 @@ class Trainer:
             config = {f"{part}.{key}": value for part, items in parts for key, value in items.items()}
             names = tracker_names(self.options.track)
             self.tracking = Tracking(names, self.run.folder, config, self.state.step, self.say)
-
-    def _warn_overfitting(self, progress: Progress, train_loss: float, val_loss: float) -> None:
-        """Say once, in plain words, that the two losses part ways."""
-        state = self.state
-        apart = state.train_loss_at_best is not None and train_loss < state.train_loss_at_best
-        if state.evals_without_better < 2 or not apart or state.warned_overfitting:
-            return
-        state.warned_overfitting = True
-        progress.say(
-            f"training and validation part ways: since step {state.best_step:,} the training loss fell from "
-            f"{state.train_loss_at_best:.4f} to {train_loss:.4f} while the validation loss went from {state.best_loss:.4f} to "
-            f"{val_loss:.4f}. The model is learning its training text by heart; more text, a smaller model or more dropout would help. "
-            f"The weights of step {state.best_step:,} are kept."
-        )
 
     def _save(self) -> None:
         if self.last_good is not None and self.last_good.name == f"step-{self.state.step:06d}":
@@ -321,7 +268,7 @@ class Trainer:
         progress = Progress(state.step, state.max_steps, quiet=not self.group.main)
         try:
             with (
-                self._signals(),
+                self.signals,
                 explain_writing(self.run.folder, "see --resume for going on from the last checkpoint"),
             ):
                 self._start_tracking()
@@ -364,9 +311,8 @@ class Trainer:
             state.step += 1
             now = time.monotonic()
             state.elapsed_s = before + now - begun
-            self._interval_tokens += batch_tokens
-            self._interval_s += now - started
-            progress.update(state.step, loss, self._interval_tokens / self._interval_s)
+            self.pace.add(batch_tokens, now - started)
+            progress.update(state.step, loss, self.pace.tokens_per_s)
 
             if budget is not None and (plan := self._planned(budget, now - started)):
                 state.max_steps, state.eval_interval = plan
@@ -389,11 +335,10 @@ class Trainer:
                 self._plot()
             if evaluated and options.patience and state.evals_without_better >= options.patience and not last:
                 return self._out_of_patience()
-            if (
-                self._stop or (self._signal and self.group.world_size == 1)
-            ) and not last:  # a signal during the step, or since
+            came = self._stop or (self.signals.number and self.group.world_size == 1)  # during the step, or since
+            if came and not last:
                 return self._interrupted()
-        return Outcome("finished", f"finished after {state.step:,} steps in {duration(state.elapsed_s)}", state)
+        return finished(state)
 
     def _planned(self, budget: Budget, step_s: float) -> tuple[int, int] | None:
         """Rank 0's plan for all, once it knows enough."""
@@ -403,53 +348,15 @@ class Trainer:
     def _interrupted(self) -> Outcome:
         self._save()
         self._plot()
-        command = f"{launcher(self.group)} train --resume {shlex.quote(str(self.run.folder))}"
-        message = f"stopped after step {self.state.step:,}; a checkpoint is written. To go on: {command}"
-        return Outcome("interrupted", message, self.state, self._signal or signal.SIGTERM)
+        return interrupted(self.state, self.run.folder, self.group, self.signals.number)
 
     def _out_of_patience(self) -> Outcome:
-        state = self.state
         self._save()
         self._plot()
-        message = (
-            f"stopped at step {state.step:,}: the validation loss has not improved for {state.evals_without_better} evaluations "
-            f"(best {state.best_loss:.4f} at step {state.best_step:,}, whose weights are kept); train.patience decides how many"
-        )
-        return Outcome("patience", message, state)
+        return out_of_patience(self.state)
 
     def _diverged(self, schedule: Schedule) -> Outcome:
-        step = self.state.step + 1
-        good = (
-            f"the last good checkpoint is {self.last_good}"
-            if self.last_good is not None
-            else "there is no checkpoint yet"
-        )
-        message = (
-            f"the loss is no longer a finite number at step {step:,} (learning rate {schedule.at(self.state.step):.3g}); {good}. "
-            "A lower train.learning_rate or a longer train.warmup_steps usually helps"
-        )
-        return Outcome("diverged", message, self.state)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: Any) -> None:
-            # torchrun hands a Ctrl-C on to processes that have had it from the terminal already
-            again = self.group.world_size == 1 or time.monotonic() - self._signal_time > SAME_SIGNAL_S
-            if self._signal and again:
-                raise KeyboardInterrupt
-            self._signal, self._signal_time = number, time.monotonic()
-
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return diverged(self.state, schedule.at(self.state.step), self.last_good)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best weights and the baseline on the same validation tokens, and write summary.json with what it returns.

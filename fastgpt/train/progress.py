@@ -21,6 +21,36 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class Pace:
+    """Tokens a second since the last evaluation, of training alone.
+
+    Example:
+        >>> pace = Pace()
+        >>> pace.add(100, 0.5)
+        >>> pace.take(), pace.tokens_per_s
+        (200.0, 0.0)
+    """
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Count a step."""
+        self._tokens += tokens
+        self._seconds += seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        """So far; 0 before the first step."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def take(self) -> float:
+        """The same, and begin again."""
+        found = self.tokens_per_s
+        self._tokens, self._seconds = 0, 0.0
+        return found
+
+
 class Progress:
     """Progress of one run.
 

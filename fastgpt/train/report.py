@@ -7,6 +7,8 @@ model knows about its training text alone. They part where the validation loss i
 from collections.abc import Sequence
 from typing import Any
 
+from fastgpt.train.checkpoint import TrainState
+
 WIDE_GAP = 0.1  # of the validation loss: a space between the losses that is worth a word
 SETTLED = 0.002  # of the validation loss, over the last third of the run
 
@@ -61,3 +63,16 @@ def overfitting_report(lines: Sequence[dict[str, Any]]) -> list[str]:
                 "a much longer run will learn it by heart. More text or more dropout would help more."
             )
     return words
+
+
+def parting(state: TrainState, train_loss: float, val_loss: float) -> str:
+    """What a run says while it trains, once its two losses part ways; an empty string where they do not."""
+    at_best = state.train_loss_at_best
+    if state.evals_without_better < 2 or at_best is None or train_loss >= at_best:
+        return ""
+    return (
+        f"training and validation part ways: since step {state.best_step:,} the training loss fell from {at_best:.4f} to "
+        f"{train_loss:.4f} while the validation loss went from {state.best_loss:.4f} to {val_loss:.4f}. The model is learning its "
+        "training text by heart; more text, a smaller model or more dropout would help. "
+        f"The weights of step {state.best_step:,} are kept."
+    )
