@@ -302,7 +302,9 @@ def result_file(folder: Path, name: str, case: str, **medians: float) -> None:
         {"name": key.replace("_", " "), "ours": key.startswith("fastgpt"), "median_ms": ms}
         for key, ms in medians.items()
     ]
-    (folder / f"{name}.json").write_text(json.dumps({"cases": [{"name": case, "variants": variants}]}))
+    (folder / f"{name}.json").write_text(
+        json.dumps({"benchmark": name, "machine": {}, "cases": [{"name": case, "variants": variants}]})
+    )
 
 
 def test_readmes_tables_compare_with_the_fastest_other(tmp_path: Path) -> None:
