@@ -32,7 +32,7 @@ SHAPE: dict[str, Any] = {
     "position": "rope",
     "init": "gpt2",
 }
-BATCH, STEPS, WARMUP = 8, 700, 20
+BATCH, STEPS, WARMUP = 8, 800, 20
 MATRIX_RATE, OTHER_RATE, WEIGHT_DECAY = 0.02, 2e-3, 0.1
 EVAL_EVERY = 50
 CPU = torch.device("cpu")

@@ -213,6 +213,7 @@ def _finetune(base, out, *more):
 def test_answers_are_learned_and_said(base, tmp_path, monkeypatch, capsys, lora):
     assert _finetune(base, tmp_path / "run", *lora) == 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert lines[0]["val_loss"] > 5 * lines[-1]["val_loss"]
     capsys.readouterr()
     questions = "what is the colour of the sky?\n/reset\nwhat is the colour of grass?\n"

@@ -165,6 +165,7 @@ def classes(base, tmp_path_factory):
 
 def test_classes_are_learned_and_measured(classes):
     lines = [json.loads(line) for line in (classes / "metrics.jsonl").read_text().splitlines()]
+    assert (classes / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len(lines) == 6
     # Of eight pairs of seeds the lowest were 0.993 and 0.989; always "hat" has 0.67 and 0.
     assert lines[-1]["val_accuracy"] >= 0.97

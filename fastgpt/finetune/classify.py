@@ -277,7 +277,8 @@ def train_head(
         save_headed(model, folder / WEIGHTS, asdict(meaning))
 
     metrics = Metrics(folder / "metrics.jsonl")
-    last = fit(model, lengths, batch_loss, evaluate, keep, recipe, metrics, dtype)
+    unit = "nats per text" if meaning.labels else "squared error in standard deviations"
+    last = fit(model, lengths, batch_loss, evaluate, keep, recipe, metrics, dtype, unit)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
         final = scores(outputs(model, val_rows), held_out, meaning)
     summary = {"task": meaning.task, "train_texts": len(train), "val_texts": len(held_out), **last, **final}

@@ -2,7 +2,7 @@
 
 RUN/tokenizer.json     the tokenizer
     options.json       what the run was told
-    metrics.jsonl      one line for each measurement of the held-out part
+    metrics.jsonl      one line for each measurement of the held-out part, and loss.png, their picture
     summary.json       the last of them, and for classes the confusion matrix
     head.safetensors   the weights of a head; of conversations: model.safetensors
         adapter/           with LoRA, peft's two files; base.safetensors is the model it belongs to

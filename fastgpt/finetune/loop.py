@@ -1,9 +1,9 @@
 """The fine-tuning loop: epochs over a list of examples, shared by heads and conversations.
 
-Optimizer, schedule, clipping, metrics and progress are those of pretraining (fastgpt.train). What differs is the data: a few thousand
-examples of different lengths, each read once an epoch. A batch holds examples of like length: every epoch shuffles all examples, cuts
-the order into windows, sorts each window by length, cuts it into batches and shuffles those; padding then costs a few per cent.
-The order is a function of the seed and the epoch.
+Optimizer, schedule, clipping, metrics, picture and progress are those of pretraining (fastgpt.train). What differs is the data: a few
+thousand examples of different lengths, each read once an epoch. A batch holds examples of like length: every epoch shuffles all
+examples, cuts the order into windows, sorts each window by length, cuts it into batches and shuffles those; padding then costs a few
+per cent. The order is a function of the seed and the epoch.
 
 There are no checkpoints: a run takes minutes, and one that is stopped leaves the weights of its last evaluation.
 """
@@ -18,10 +18,12 @@ import torch
 
 from fastgpt.errors import UserError
 from fastgpt.finetune.recipe import Recipe
+from fastgpt.terminal import counted
 from fastgpt.train.evaluate import autocast
-from fastgpt.train.metrics import Metrics
+from fastgpt.train.metrics import Metrics, plot_losses
 from fastgpt.train.optimizer import build_optimizer, update
-from fastgpt.train.progress import Progress
+from fastgpt.train.outcome import not_finite
+from fastgpt.train.progress import Pace, Progress
 from fastgpt.train.schedule import Schedule
 
 WINDOW_BATCHES = 16  # batches' worth of examples sorted together
@@ -76,6 +78,7 @@ def fit(
     recipe: Recipe,
     metrics: Metrics,
     dtype: torch.dtype,
+    unit: str = "nats per token",
 ) -> dict[str, float]:
     """Train a model's trainable parameters.
 
@@ -88,6 +91,7 @@ def fit(
         recipe: how.
         metrics: the run's lines.
         dtype: torch.float32, or torch.bfloat16 for autocast.
+        unit: of the loss, for the picture beside the metrics.
 
     Returns:
         The last line of metrics.
@@ -107,8 +111,9 @@ def fit(
     peak = recipe.learning_rate
     schedule = Schedule(peak, peak / 100, math.ceil(steps * WARMUP_SHARE), steps)
     progress = Progress(0, steps)
-    started, spent_s, tokens, total, seen = time.monotonic(), 0.0, 0, 0.0, 0
+    started, pace, total, seen = time.monotonic(), Pace(), 0.0, 0
     line: dict[str, Any] = {}
+    title = f"{metrics.path.parent.name}: {counted(len(lengths), 'example')}, {counted(recipe.epochs, 'epoch')}"
     try:
         for step, batch in enumerate(plan, start=1):
             begun = time.monotonic()
@@ -119,14 +124,10 @@ def fit(
             loss.backward()
             value = loss.item()
             if not update(optimizer, value, rate, recipe.grad_clip):
-                raise UserError(
-                    f"the loss is no longer a finite number at step {step:,} (learning rate {rate:.3g}); "
-                    "a lower --learning-rate usually helps"
-                )
-            spent_s += time.monotonic() - begun
-            tokens += sum(lengths[number] for number in batch)
+                raise UserError(f"{not_finite(step, rate)}; a lower --learning-rate usually helps")
+            pace.add(sum(lengths[number] for number in batch), time.monotonic() - begun)
             total, seen = total + value, seen + 1
-            progress.update(step, value, tokens / spent_s)
+            progress.update(step, value, pace.tokens_per_s)
             if step in stops:
                 model.eval()
                 with torch.no_grad(), autocast(device, dtype):
@@ -136,15 +137,16 @@ def fit(
                     "epoch": step * recipe.epochs / steps,
                     "train_loss": total / seen,
                     **found,
-                    "tokens_per_s": round(tokens / spent_s, 1),
+                    "tokens_per_s": round(pace.take(), 1),
                     "lr": rate,
                     "elapsed_s": round(time.monotonic() - started, 3),
                 }
                 metrics.append(line)
                 words = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
                 progress.say(f"step {step:,} of {steps:,}: training loss {total / seen:.4f}, {words}")
+                plot_losses(metrics.lines, metrics.path.with_name("loss.png"), title, unit)
                 keep(line)
-                spent_s, tokens, total, seen = 0.0, 0, 0.0, 0
+                total, seen = 0.0, 0
     finally:
         progress.close()
         model.eval()

@@ -51,13 +51,14 @@ class Metrics:
             os.fsync(file.fileno())
 
 
-def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and validation loss over steps, the bigram baseline, and the best evaluation, into a PNG.
+def plot_losses(lines: list[dict[str, Any]], path: Path, title: str, unit: str = "nats per token") -> None:
+    """Draw training and validation loss over steps, the bigram baseline where there is one, and the best evaluation, into a PNG.
 
     Args:
         lines: those of metrics.jsonl.
         path: the picture, replaced atomically.
         title: stands above it.
+        unit: of the losses.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,8 +73,8 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     )
     axes.plot(steps, validation, marker=marker, markersize=3, color="#ee6677", label="validation (held out)")
     if lines:
-        bigram = lines[-1]["bigram_val_loss"]
-        axes.axhline(bigram, color="#777777", linestyle="--", linewidth=1, label=f"bigram baseline {bigram:.3f}")
+        if (bigram := lines[-1].get("bigram_val_loss")) is not None:
+            axes.axhline(bigram, color="#777777", linestyle="--", linewidth=1, label=f"bigram baseline {bigram:.3f}")
         best = min(range(len(lines)), key=lambda index: validation[index])
         place = (steps[best], validation[best])
         axes.annotate(
@@ -85,7 +86,7 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
             arrowprops={"arrowstyle": "-", "color": "#777777"},
         )
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
