@@ -41,3 +41,8 @@ def attention_backward(
     grad_query: int, grad_query_stride: _Stride, grad_key: int, grad_key_stride: _Stride, grad_value: int,
     grad_value_stride: _Stride, delta: int, stream: int,
 ) -> None: ...  # fmt: skip
+def attention_decode(
+    type: int, query: int, query_stride: _Stride, key: int, key_stride: _Stride, value: int, value_stride: _Stride, out: int,
+    out_stride: _Stride, lse: int, sizes: tuple[int, ...], scale: float, causal: bool, splits: int, keys_per_split: int,
+    part: int, part_lse: int, stream: int,
+) -> None: ...  # fmt: skip

@@ -61,3 +61,12 @@ def test_softmax_takes_the_strides_of_its_mask() -> None:
 
     with pytest.raises(ValueError, match="type: expected"):
         _cuda.softmax(9, 16, 0, 16, 0, [0, 0, 0], 1, 1, 1, 8, 1.0, False, False, False, 0)
+
+
+def test_decode_refuses_parts_that_leave_keys_out() -> None:
+    from fastgpt import _cuda
+
+    with pytest.raises(ValueError, match="parts that cover 100 keys, got 2 of 49"):
+        _cuda.attention_decode(1, *TENSORS, (1, 1, 1, 1, 100, 64), 1.0, True, 2, 49, 16, 16, 0)
+    with pytest.raises(RuntimeError, match=r"attention_decode|a kernel"):
+        _cuda.attention_decode(0, *TENSORS, (1, 1, 1, 1, 100, 64), 1.0, True, 2, 50, 16, 16, 0)

@@ -5,6 +5,8 @@
 
 namespace fastgpt::attention {
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 struct Strides {
   int64_t batch, head, row;  // in elements; the head's dimension is contiguous
 };
@@ -25,6 +27,14 @@ struct Params {
   void *grad_query, *grad_key, *grad_value;
   float* delta;
   Strides grad_stride, grad_query_stride, grad_key_stride, grad_value_stride;
+};
+
+// The keys in `splits` parts of `keys_per_split` (the last may be shorter). Scratch where there is more than one part:
+// `part` (splits, B, H, Tq, D) and `part_lse` (splits, B, H, Tq).
+struct DecodeParams {
+  Params attention;
+  float *part, *part_lse;
+  int splits, keys_per_split;
 };
 
 }  // namespace fastgpt::attention

@@ -12,8 +12,6 @@
 
 namespace fastgpt::attention {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // Byte of 16-byte chunk `chunk` of row `row` in a tile of rows of kDim halves. The chunks of a row are permuted so that
 // the same chunk of eight consecutive rows lies in eight different groups of banks, for ldmatrix and for cp.async.
 template <int kDim>

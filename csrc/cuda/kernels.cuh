@@ -69,6 +69,8 @@ void attention_sm80(Type type, const attention::Params& p, Stream stream);
 void attention_backward_sm80(Type type, const attention::Params& p, Stream stream);
 void attention_sm90(Type type, const attention::Params& p, Stream stream);
 void attention_backward_sm90(Type type, const attention::Params& p, Stream stream);
+// A few queries against many keys; the three types, head sizes 32, 64, 96, 128.
+void attention_decode(Type type, const attention::DecodeParams& d, Stream stream);
 
 // Driver's and runtime's words on why there is no device, or null.
 const char* why_no_device();

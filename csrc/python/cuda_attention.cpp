@@ -76,6 +76,23 @@ void bind_attention(py::module_& m) {
       py::arg("sizes"), py::arg("scale"), py::arg("causal"), py::arg("grad"), py::arg("grad_stride"),
       py::arg("grad_query"), py::arg("grad_query_stride"), py::arg("grad_key"), py::arg("grad_key_stride"),
       py::arg("grad_value"), py::arg("grad_value_stride"), py::arg("delta"), py::arg("stream"));
+  m.def(
+      "attention_decode",
+      [](int type, Address query, const Stride& query_stride, Address key, const Stride& key_stride, Address value,
+         const Stride& value_stride, Address out, const Stride& out_stride, Address lse,
+         const std::array<int, 6>& sizes, float scale, bool causal, int splits, int keys_per_split, Address part,
+         Address part_lse, Address stream) {
+        const attention::DecodeParams d = {params(query, query_stride, key, key_stride, value, value_stride, out,
+                                                  out_stride, lse, sizes, scale, causal),
+                                           static_cast<float*>(at(part)), static_cast<float*>(at(part_lse)), splits,
+                                           keys_per_split};
+        attention_decode(static_cast<Type>(type), d, stream);
+      },
+      "As attention, the keys in `splits` parts; part and part_lse are scratch where there are several.",
+      py::arg("type"), py::arg("query"), py::arg("query_stride"), py::arg("key"), py::arg("key_stride"),
+      py::arg("value"), py::arg("value_stride"), py::arg("out"), py::arg("out_stride"), py::arg("lse"),
+      py::arg("sizes"), py::arg("scale"), py::arg("causal"), py::arg("splits"), py::arg("keys_per_split"),
+      py::arg("part"), py::arg("part_lse"), py::arg("stream"));
 }
 
 }  // namespace fastgpt::cuda

@@ -1,6 +1,7 @@
 """Attention of the engine `cuda`: which kernels of csrc/cuda take a call, and how they are given it.
 
-Two sets of kernels: `attention_sm80` (mma.sync, cp.async; head sizes 32, 64, 96, 128; every chip from compute capability 8.0 on) and
+Up to 16 queries a key head go to `attention_decode` (the three types; the keys split over blocks), the others to one of two sets of
+kernels: `attention_sm80` (mma.sync, cp.async; head sizes 32, 64, 96, 128; every chip from compute capability 8.0 on) and
 `attention_sm90` (tensor copies and wgmma; head sizes 64 and 128; compute capability 9.0 alone). float16 and bfloat16, causal (aligned
 bottom-right) and full, grouped heads, any number of queries and keys. Tensors are read where they lie if the last dimension is
 contiguous and rows begin at multiples of 16 bytes, and copied if not.
@@ -36,6 +37,31 @@ def chip_for(capability: tuple[int, int], dim: int) -> int:
     return 90 if wanted and capability == (9, 0) and dim in SM90_DIMS else 80
 
 
+def is_decoding(queries: int, group: int) -> bool:
+    """Whether the kernel for a few queries takes a call: each of its blocks reads K and V for up to four rows, so that with many
+    rows they are read many times, where the tensor cores read them once for 128.
+
+    >>> is_decoding(1, 8), is_decoding(1024, 1)
+    (True, False)
+    """
+    return queries * group <= 16
+
+
+def decode_splits(keys: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
+    """Parts that the keys are split into, and keys a part (a multiple of 64, at least 256 where there are several parts).
+
+    Enough parts for four blocks of 128 threads a multiprocessor, `blocks` being the blocks of one part, and no more than that: each
+    part is one more to merge.
+
+    >>> decode_splits(4096, 12, 132)
+    (16, 256)
+    """
+    wanted = max(1, -(-4 * multiprocessors // blocks))
+    part = max(256, -(-keys // wanted))
+    part = -(-part // 64) * 64
+    return -(-keys // part), part
+
+
 def _readable(x: Tensor) -> Tensor:
     """The tensor, or a copy of it where its rows cannot be read 16 bytes at a time."""
     strides = x.stride()
@@ -44,11 +70,11 @@ def _readable(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _covers(scale: float, dropout_p: float, *tensors: Tensor) -> int:
-    """The code of the tensors' dtype; NotCovered where no kernel takes the call."""
+def _covers(scale: float, dropout_p: float, *tensors: Tensor, wide: bool = False) -> int:
+    """The code of the tensors' dtype; NotCovered where no kernel takes the call. `wide`: float32 is taken too."""
     cuda._check(*tensors)
     code = cuda._same_type(*tensors)
-    if code == 0:
+    if code == 0 and not wide:
         raise NotCovered("dtype torch.float32; covered are float16 and bfloat16")
     if dropout_p > 0.0:
         raise NotCovered("dropout")
@@ -64,6 +90,10 @@ def _covers(scale: float, dropout_p: float, *tensors: Tensor) -> int:
 
 def _capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device)
+
+
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int, int, int, int]:
@@ -85,13 +115,21 @@ def _attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    code = _covers(scale, dropout_p, query, key, value)
+    decoding = is_decoding(query.shape[2], query.shape[1] // key.shape[1])
+    code = _covers(scale, dropout_p, query, key, value, wide=decoding)
     chip = chip_for(_capability(query), query.shape[3])
     q, k, v = _readable(query), _readable(key), _readable(value)
     out = _empty_like(q, q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     places = (*_place(q), *_place(k), *_place(v), *_place(out), lse.data_ptr())
-    cuda._launch("attention", q.device, chip, code, *places, _sizes(q, k), scale, is_causal)
+    if decoding:
+        batch, heads, kv_heads, queries, keys, dim = _sizes(q, k)
+        splits, part = decode_splits(keys, batch * kv_heads * -(-heads // kv_heads * queries // 4), _multiprocessors(q))
+        scratch = q.new_empty(splits * lse.numel() * (dim + 1) if splits > 1 else 0, dtype=torch.float32)
+        parts = (splits, part, scratch.data_ptr(), scratch.data_ptr() + 4 * splits * lse.numel() * dim)
+        cuda._launch("attention_decode", q.device, code, *places, _sizes(q, k), scale, is_causal, *parts)
+    else:
+        cuda._launch("attention", q.device, chip, code, *places, _sizes(q, k), scale, is_causal)
     return out, lse
 
 

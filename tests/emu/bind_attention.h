@@ -28,9 +28,9 @@ inline Params backward_params(const emu::Arguments& a) {
   return p;
 }
 
-// The arguments of the module's functions `attention` and `attention_backward` (csrc/python/cuda_attention.cpp), flat.
-inline Params module_params(const emu::Arguments& a, bool backward) {
-  int next = 2;  // after the chip and the type
+// The arguments of the module's functions `attention` and `attention_backward` (csrc/python/cuda_attention.cpp), flat,
+// from the `next`th on, which moves past them.
+inline Params module_params(const emu::Arguments& a, bool backward, int& next) {
   const auto strides = [&] {
     next += 3;
     return Strides{a.integer(next - 3), a.integer(next - 2), a.integer(next - 1)};
@@ -47,4 +47,9 @@ inline Params module_params(const emu::Arguments& a, bool backward) {
   p.grad_key = pointer(), p.grad_key_stride = strides(), p.grad_value = pointer(), p.grad_value_stride = strides();
   p.delta = static_cast<float*>(pointer());
   return p;
+}
+
+inline Params module_params(const emu::Arguments& a, bool backward) {
+  int next = 2;  // after the chip and the type
+  return module_params(a, backward, next);
 }

@@ -96,7 +96,7 @@ def test_forward_and_backward_in_every_layout(
 
 
 def test_results_have_the_layout_that_the_op_promises(calls: list[tuple[str, int]]) -> None:
-    q = random(2, 3, 5, 32, dtype=torch.bfloat16)
+    q = random(2, 3, 17, 32, dtype=torch.bfloat16)
     out, lse = cuda_attention._attention(q, q, q, False, 0.2)
     assert out.transpose(1, 2).is_contiguous()
     assert lse.is_contiguous()
@@ -126,8 +126,8 @@ def test_the_kernels_for_hopper_are_switched_on_apart(monkeypatch: pytest.Monkey
 def test_what_no_kernel_takes_goes_to_the_next_engine(
     calls: list[tuple[str, int]], change: dict[str, Any], reason: str
 ) -> None:
-    options: dict[str, Any] = {"dim": 64, "dtype": torch.bfloat16, "scale": 1.0, "dropout_p": 0.0, "time": 4} | change
-    q = torch.zeros(1, 1, options["time"], options["dim"], dtype=options["dtype"])
+    options: dict[str, Any] = {"dim": 64, "dtype": torch.bfloat16, "scale": 1.0, "dropout_p": 0.0, "time": 20} | change
+    q = torch.zeros(1, 2, options["time"], options["dim"], dtype=options["dtype"])
     with pytest.raises(backend.NotCovered, match=reason):
         cuda_attention._attention(q, q, q, True, options["scale"], options["dropout_p"])
     assert calls == []
