@@ -35,7 +35,11 @@ NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 # module -> (folders of sources, extra compile flags, extra link flags)
 MODULES: dict[str, tuple[list[str], str, str]] = {
     "fastgpt._bpe": (["csrc/bpe", "csrc/python/bpe.cpp"], "", ""),
-    "fastgpt._cpu": (["csrc/cpu", "csrc/python/cpu.cpp"], "-fopenmp -ffp-contract=off", "-fopenmp"),
+    "fastgpt._cpu": (
+        ["csrc/cpu", *(f"csrc/python/cpu{part}.cpp" for part in ("", "_pointwise", "_products", "_rows"))],
+        "-fopenmp -ffp-contract=off",
+        "-fopenmp",
+    ),
 }
 
 
