@@ -32,6 +32,8 @@ from fastgpt.kernels import (
     activation,
     attention,
     attention_backward,
+    attention_decode,
+    attention_tiles,
     cross_entropy,
     launch,
     layer_norm,
@@ -78,17 +80,43 @@ def attention_calls() -> Calls:
     sizes = [(dtype, "highest", dim) for dtype in (HALF, FULL) for dim in (16, 32, 64, 80, 128, 256)]
     sizes += [(FULL, "high", dim) for dim in (64, 128)]
     for (dtype, precision, dim), is_causal in itertools.product(sizes, (True, False)):
-        q, k = meta(8, 12, 1024, dim, dtype=dtype), meta(8, 4, 1024, dim, dtype=dtype)
-        lse = meta(8, 12, 1024, dtype=FULL)
         what = f"{NAMES[dtype]}{' tf32' * (precision == 'high')} {dim}{' causal' * is_causal}"
         torch.set_float32_matmul_precision(precision)
-        yield what, partial(attention.attention, q, k, k, is_causal, 0.125)
-        yield f"{what} decode", partial(attention.attention, q[:, :, :1], k, k, is_causal, 0.125)
-        yield (
-            f"{what} backward",
-            partial(attention_backward.attention_backward, q, q, k, k, q, lse, is_causal, 0.125),
-        )
+        options = attention_tiles.Options(is_causal, 0.125)
+        yield from attention_both(what, dtype, dim, options)
+        q, k = meta(8, 12, 1, dim, dtype=dtype), meta(8, 4, 1024, dim, dtype=dtype)
+        yield f"{what} decode", partial(attention.attention, q, k, k, options)
     torch.set_float32_matmul_precision("highest")
+
+
+def attention_option_calls() -> Calls:
+    """Windows, soft cap, dropout (with keys in fours and not), packed sequences; a decode step on a cache with all of its arguments."""
+    seed, cu = meta(dtype=torch.int64), meta(9, dtype=torch.int32)
+    for dtype, dim in itertools.product((HALF, FULL), (16, 32, 64, 80, 128, 256)):
+        for name, is_causal, options in (
+            ("window", True, {"window_left": 256}),
+            ("window full", False, {"window_left": 256, "window_right": 64}),
+            ("softcap", True, {"softcap": 30.0}),
+            ("dropout", True, {"dropout_p": 0.1, "seed": seed}),
+            ("packed", True, {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 1024, "max_seqlen_k": 1024}),
+        ):
+            made = attention_tiles.Options(is_causal, 0.125, **options)
+            yield from attention_both(f"{NAMES[dtype]} {dim} {name}", dtype, dim, made)
+            if name == "dropout":
+                yield from attention_both(f"{NAMES[dtype]} {dim} dropout odd", dtype, dim, made, keys=1023)
+        q, k, index = meta(8, 12, 2, dim, dtype=dtype), meta(8, 4, 1024, dim, dtype=dtype), meta(8, dtype=torch.int32)
+        made = attention_tiles.Options(True, 0.125, window_left=256, softcap=30.0)
+        call = partial(attention_decode.attention_decode, q, k, k, index, index, index, made)
+        yield f"{NAMES[dtype]} {dim} cache window softcap", call
+
+
+def attention_both(
+    what: str, dtype: torch.dtype, dim: int, options: attention_tiles.Options, keys: int = 1024
+) -> Calls:
+    """Forward and backward of 12 heads over 4."""
+    q, k, lse = meta(8, 12, 1024, dim, dtype=dtype), meta(8, 4, keys, dim, dtype=dtype), meta(8, 12, 1024, dtype=FULL)
+    yield what, partial(attention.attention, q, k, k, options)
+    yield f"{what} backward", partial(attention_backward.attention_backward, q, q, k, k, q, lse, options)
 
 
 def cross_entropy_calls() -> Calls:
@@ -129,6 +157,7 @@ def swiglu_calls() -> Calls:
 CALLS: dict[str, Callable[[], Calls]] = {
     "activation": activation_calls,
     "attention": attention_calls,
+    "attention_options": attention_option_calls,
     "cross_entropy": cross_entropy_calls,
     "layer_norm": layer_norm_calls,
     "softmax": softmax_calls,

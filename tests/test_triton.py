@@ -88,10 +88,10 @@ def test_importing_the_ops_does_not_import_triton():
 
 AOT_OF_ONE_KERNEL = """
 import sys
-from fastgpt.kernels import aot, attention
+from fastgpt.kernels import aot, attention, attention_tiles
 attention.TILES[64] = {tile}
 q = aot.meta(1, 1, 1024, 64)
-aot.CALLS = {{"attention": lambda: iter([("one tile", lambda: attention.attention(q, q, q, False, 0.125))])}}
+aot.CALLS = {{"attention": lambda: iter([("one tile", lambda: attention.attention(q, q, q, attention_tiles.Options(False, 0.125)))])}}
 sys.exit(aot.main({arguments}))
 """
 

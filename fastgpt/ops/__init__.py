@@ -12,6 +12,7 @@ from fastgpt.ops.activation import gelu, relu, sigmoid, silu, tanh
 from fastgpt.ops.adamw import adamw, grad_norm
 from fastgpt.ops.add_norm import add_layer_norm, add_rms_norm
 from fastgpt.ops.attention import attention
+from fastgpt.ops.attention_decode import attention_decode
 from fastgpt.ops.backend import get_backend, set_backend, use_backend
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.dropout import dropout, dropout_add
@@ -31,6 +32,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_decode",
     "cross_entropy",
     "dropout",
     "dropout_add",

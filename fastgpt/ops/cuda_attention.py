@@ -11,6 +11,7 @@ VERIFIED or FASTGPT_CUDA_SM90=1 asks for it, `attention_sm80` otherwise.
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,12 @@ def _covers(scale: float, dropout_p: float, *tensors: Tensor, wide: bool = False
     return code
 
 
+def _plain(more: tuple[Any, ...]) -> None:
+    """NotCovered where the op's arguments after seed ask for anything."""
+    if more and more != (-1, -1, 0.0, None, None, 0, 0)[: len(more)]:
+        raise NotCovered("a window, a soft cap or packed sequences")
+
+
 def _capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device)
 
@@ -114,7 +121,9 @@ def _attention(
     scale: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *more: Any,
 ) -> tuple[Tensor, Tensor]:
+    _plain(more)
     decoding = is_decoding(query.shape[2], query.shape[1] // key.shape[1])
     code = _covers(scale, dropout_p, query, key, value, wide=decoding)
     chip = chip_for(_capability(query), query.shape[3])
@@ -136,8 +145,9 @@ def _attention(
 @implement("attention_backward", "cuda")
 def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
+    dropout_p: float = 0.0, seed: Tensor | None = None, *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _plain(more)
     code = _covers(scale, dropout_p, query, key, value, out, grad)
     chip = chip_for(_capability(query), query.shape[3])
     q, k, v, o, g = (_readable(x) for x in (query, key, value, out, grad))

@@ -149,36 +149,45 @@ def _cross_entropy_backward(
     return _run("cross_entropy", "cross_entropy_backward", checked, grad, logits, target, lse, *options)
 
 
-def _attention_covers(dropout_p: float, *tensors: Tensor) -> None:
-    if dropout_p > 0.0:
-        raise NotCovered("dropout")
-    kernels = importlib.import_module("fastgpt.kernels.attention")
+def _attention_options(tensors: tuple[Tensor, ...], is_causal: bool, scale: float, options: tuple[Any, ...]) -> Any:
+    """What the kernels take of an op's arguments after scale; NotCovered for what they do not do."""
+    tiles = importlib.import_module("fastgpt.kernels.attention_tiles")
+    made = tiles.Options(is_causal, scale, *options)
     if len({x.dtype for x in tensors}) > 1:
         raise NotCovered(f"mixed dtypes {[x.dtype for x in tensors]}")
-    if tensors[0].shape[-1] > kernels.MAX_DIM:
-        raise NotCovered(f"a head size of {tensors[0].shape[-1]}; covered are sizes up to {kernels.MAX_DIM}")
+    if tensors[0].shape[-1] > tiles.MAX_DIM:
+        raise NotCovered(f"a head size of {tensors[0].shape[-1]}; covered are sizes up to {tiles.MAX_DIM}")
+    if made.dropout_p >= 1.0:
+        raise NotCovered("dropout_p = 1")
+    return made
 
 
 @implement("attention", "triton")
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    _attention_covers(dropout_p, query, key, value)
     tensors = (query, key, value)
-    return _run("attention", "attention", tensors, *tensors, is_causal, scale)
+    made = _attention_options(tensors, is_causal, scale, options)
+    checked = (*tensors, made.seed, made.cu_seqlens_q, made.cu_seqlens_k)
+    return _run("attention", "attention", checked, *tensors, made)
 
 
 @implement("attention_backward", "triton")
 def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _attention_covers(dropout_p, grad, query, key, value, out)
+    made = _attention_options((grad, query, key, value, out), is_causal, scale, options)
     tensors = (grad, query, key, value, out, lse)
-    return _run("attention_backward", "attention_backward", tensors, *tensors, is_causal, scale)
+    checked = (*tensors, made.seed, made.cu_seqlens_q, made.cu_seqlens_k)
+    return _run("attention_backward", "attention_backward", checked, *tensors, made)
+
+
+@implement("attention_decode", "triton")
+def _attention_decode(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, starts: Tensor | None, ends: Tensor | None, is_causal: bool,
+    scale: float, window_left: int = -1, window_right: int = -1, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    options = (0.0, None, window_left, window_right, softcap)
+    made = _attention_options((query, key, value), is_causal, scale, options)
+    tensors = (query, key, value, rows, starts, ends)
+    return _run("attention_decode", "attention_decode", tensors, *tensors, made)[0]

@@ -21,7 +21,7 @@ from fastgpt.ops.reference.activation import (
 )
 from fastgpt.ops.reference.adamw import adamw, grad_norm
 from fastgpt.ops.reference.add_norm import add_layer_norm, add_layer_norm_backward, add_rms_norm, add_rms_norm_backward
-from fastgpt.ops.reference.attention import attention, attention_backward
+from fastgpt.ops.reference.attention import attention, attention_backward, attention_decode, visible
 from fastgpt.ops.reference.bias_activation import bias_activation, bias_activation_backward
 from fastgpt.ops.reference.cross_entropy import cross_entropy, cross_entropy_backward, cross_entropy_inplace
 from fastgpt.ops.reference.dropout import dropout, dropout_mask, philox
@@ -45,6 +45,7 @@ __all__ = [
     "add_rms_norm_backward",
     "attention",
     "attention_backward",
+    "attention_decode",
     "bias_activation",
     "bias_activation_backward",
     "by_name",
@@ -87,4 +88,5 @@ __all__ = [
     "tanh_backward",
     "transformer_block",
     "transformer_block_backward",
+    "visible",
 ]
