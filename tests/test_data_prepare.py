@@ -14,11 +14,12 @@ import tiny_run
 
 from fastgpt.cli import main
 from fastgpt.data import prepare as module
-from fastgpt.data import sources as sources_module
+from fastgpt.data import reader as reader_module
 from fastgpt.data.loader import Loader
 from fastgpt.data.prepare import prepare
+from fastgpt.data.reader import Reader
 from fastgpt.data.shards import ShardedTokens, open_shards, verify_shards
-from fastgpt.data.sources import Reader, find_sources
+from fastgpt.data.sources import find_sources
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import CharTokenizer, Tokenizer
 
@@ -33,7 +34,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and batches so small that a test has many of them, and a note after each."""
-    monkeypatch.setattr(sources_module, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(reader_module, "PIECE_BYTES", 2000)
     monkeypatch.setattr(module, "BATCH_BYTES", 6000)
     monkeypatch.setattr(module, "JOURNAL_S", -1.0)
 
@@ -195,8 +196,8 @@ def test_kill(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
     (tmp_path / "a.txt").write_text(TEXT * 20, encoding="utf-8")
     code = (
-        "import sys, time; from fastgpt.data import prepare as m, sources as s; from fastgpt.cli import main;"
-        "s.PIECE_BYTES, m.BATCH_BYTES, m.JOURNAL_S = 20000, 60000, 0.0; real = m._Encoder.__call__;"
+        "import sys, time; from fastgpt.data import prepare as m, reader as r; from fastgpt.cli import main;"
+        "r.PIECE_BYTES, m.BATCH_BYTES, m.JOURNAL_S = 20000, 60000, 0.0; real = m._Encoder.__call__;"
         "m._Encoder.__call__ = lambda self, b: (time.sleep(0.02), real(self, b))[1];"
         "sys.exit(main(['data', 'prepare', *sys.argv[1:]]))"
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data.prepare import PROGRESS, prepare
+from fastgpt.data.reader import BAD, NEWLINES, Reader
 from fastgpt.data.shards import MANIFEST, verify_shards
-from fastgpt.data.sources import BAD, NEWLINES, Reader, Source, find_sources
+from fastgpt.data.sources import Source, find_sources
 from fastgpt.errors import UserError
 from fastgpt.terminal import command_parser, counted, say
 

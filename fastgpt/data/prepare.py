@@ -23,8 +23,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fastgpt.data.reader import Piece, Reader
 from fastgpt.data.shards import FORMAT, MANIFEST, file_sha256, read_manifest
-from fastgpt.data.sources import Piece, Reader, Source, signature
+from fastgpt.data.sources import Source, signature
 from fastgpt.data.tokens import token_dtype
 from fastgpt.errors import UserError
 from fastgpt.train.files import check_space, explain_writing, replace_text
