@@ -145,6 +145,7 @@ GOOD = '{"instruction": "a", "output": "b"}'
         ('{"instruction": 5, "output": "b"}', "line 3: instruction is int"),
         ("[1, 2]", "line 3: holds list"),
         ('{"instruction": ', "line 3: not JSON"),
+        ('{"a":' * 100_000, "line 3: nested too deeply"),
     ],
 )
 def test_a_bad_record_is_named_with_its_line(tmp_path, bad, message):

@@ -130,11 +130,14 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         for number, record in enumerate(text.split("\n"), start=1):
             if record.strip():
                 try:
-                    yield number, json.loads(record.rstrip())
+                    value = json.loads(record.rstrip())
                 except json.JSONDecodeError as error:
                     raise UserError(
                         f"{path}, line {number}: not JSON: {error.msg} at column {error.colno:,}"
                     ) from error
+                except RecursionError as error:
+                    raise UserError(f"{path}, line {number}: nested too deeply") from error
+                yield number, value
         return
     decoder = json.JSONDecoder()
     place, line, seen, comma = text.index("[") + 1, 1, 0, False
@@ -156,6 +159,8 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             value, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+        except RecursionError as error:
+            raise UserError(f"{path}, line {line}: nested too deeply") from error
         yield line, value
         comma = True
 

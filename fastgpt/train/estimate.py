@@ -317,8 +317,8 @@ def plan_rows(presets: Iterable[str], world_sizes: Iterable[int]) -> list[str]:
 
     rows = [
         "| preset | parameters | FLOP a token | GPUs | batch a GPU | activations a GPU | memory a GPU, DDP | memory a GPU, sharded "
-        "| the same, checkpointed | time of 20 tokens a parameter |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| the same, checkpointed | tokens/s | time of 20 tokens a parameter |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for preset in presets:
         config = load_config(preset=preset)
@@ -329,9 +329,10 @@ def plan_rows(presets: Iterable[str], world_sizes: Iterable[int]) -> list[str]:
             share = found.activation_bytes
             ddp, sharded = found.state_bytes + share, found.state_bytes // world + share
             checkpointed = found.state_bytes // world + least
-            seconds = 20 * found.n_params * found.flops_per_token / (PLAN_FLOPS * ASSUMED_SHARE * world)
+            speed = PLAN_FLOPS * ASSUMED_SHARE * world / found.flops_per_token
             rows.append(
                 f"| {preset} | {count(found.n_params)} | {count(found.flops_per_token)} | {world} | {B} x 1024 | {share / 1e9:.1f} GB "
-                f"| {ddp / 1e9:.1f} GB | {sharded / 1e9:.1f} GB | {checkpointed / 1e9:.1f} GB | {duration(seconds)} |"
+                f"| {ddp / 1e9:.1f} GB | {sharded / 1e9:.1f} GB | {checkpointed / 1e9:.1f} GB | {count(speed).strip()} "
+                f"| {duration(20 * found.n_params / speed)} |"
             )
     return rows
