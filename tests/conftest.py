@@ -7,6 +7,7 @@ import pytest
 import torch  # noqa: F401  before _cpu, so that both share one OpenMP
 
 from fastgpt import _cpu
+from fastgpt.nn import fallback
 
 # Child processes must find the installed package, not the source folder that the tests are started from.
 os.environ["PYTHONSAFEPATH"] = "1"
@@ -20,3 +21,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.select_isa(request.param)
     yield request.param
     _cpu.select_isa(before)
+
+
+@pytest.fixture
+def whatever_size() -> Iterator[None]:
+    """Our ops compute what is so small that a model's user is better off with torch's."""
+    with fallback.whatever_size():
+        yield

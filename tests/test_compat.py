@@ -11,7 +11,10 @@ import torch.nn.functional as F
 
 import fastgpt
 from fastgpt import nn
+from fastgpt.compat import parts
+from fastgpt.nn import fallback
 
+pytestmark = pytest.mark.usefixtures("whatever_size")
 SEEDS = 8
 
 
@@ -128,7 +131,8 @@ def test_numbers_stay_and_the_report_names_the_parts(autocast: bool) -> None:
     assert report.replaced == found
     assert "Dropout" not in report.left
     assert "replaced 1 x NewGELU" in str(report)
-    assert type(model.parts[7]) is nn.LayerNorm
+    assert isinstance(model.parts[7], torch.nn.LayerNorm)
+    assert type(model.head) is nn.Linear
     assert isinstance(model.parts[0], LayerNorm)
     assert model.head.weight is model.wte.weight
     assert not fastgpt.accelerate(model).replaced
@@ -178,6 +182,25 @@ def test_a_part_with_other_results_is_left_alone() -> None:
     assert report.left["LayerNorm"] == "its results are others"
     assert report.left["SiLU"] == "inplace=True"
     assert all(module.training for module in model.modules())
+
+
+def test_few_numbers_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("ours")
+
+    model, idx = kin()
+    want = model(idx)
+    fastgpt.accelerate(model)
+    monkeypatch.setattr(fallback, "_size_matters", True)
+    for name in ("layer_norm", "rms_norm"):
+        monkeypatch.setattr(parts.ops, name, broken)
+    torch.testing.assert_close(model(idx), want)
+    for few in (x for x in model.parts if isinstance(x, torch.nn.LayerNorm | torch.nn.RMSNorm)):
+        with fallback.whatever_size(), pytest.raises(RuntimeError, match="ours"):
+            few(torch.zeros(3, 32))
+    # The comparison that `accelerate` makes is of our op, however few its numbers.
+    fastgpt.restore(model)
+    assert fastgpt.accelerate(model).left["LayerNorm"] == "its results are others"
 
 
 def test_copies_pickles_hooks_and_state() -> None:

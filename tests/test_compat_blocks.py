@@ -15,6 +15,8 @@ from fastgpt.benchmarks.nano_gpt import GPT as NanoGPT
 from fastgpt.benchmarks.nano_gpt import NanoConfig
 from fastgpt.compat import blocks, loss
 
+pytestmark = pytest.mark.usefixtures("whatever_size")
+
 
 def gpt2(seed: int = 0, **options: Any) -> tuple[Any, torch.Tensor]:
     """A small GPT-2 of transformers without dropout, and tokens."""

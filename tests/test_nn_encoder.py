@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import nn
-from fastgpt.nn import encoder, linear
+from fastgpt.nn import encoder, fallback, linear
 
 
 def both(name: str, *arguments: Any, **options: Any) -> tuple[Any, Any]:
@@ -60,7 +60,7 @@ def attends(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return original(*args, **kwargs)
 
     original = encoder.scaled_dot_product_attention
-    monkeypatch.setattr(encoder, "SMALL", 0)
+    monkeypatch.setitem(fallback.SMALLEST, "layer", 0)
     monkeypatch.setattr(encoder, "scaled_dot_product_attention", watched)
     return calls
 
@@ -166,6 +166,7 @@ def test_encoder_layer_with_dropout_padding_copies_and_stacks() -> None:
 
 def test_linear_takes_a_few_rows_itself_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = both("Linear", 32, 7)
+    monkeypatch.setitem(fallback.SMALLEST, "weight", 0)
     x = torch.randn(8, 32)
     want, wants = theirs(x), theirs(x.repeat(2, 1))
     with torch.no_grad():
@@ -236,7 +237,7 @@ def test_encoder_layer_s_gelu_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as small:  # torch's: Python around our ops would cost more than they save
         small.setattr(encoder, "ops", None)
         layer(x)
-    monkeypatch.setattr(encoder, "SMALL", 0)
+    monkeypatch.setitem(fallback.SMALLEST, "layer", 0)
     monkeypatch.setattr(encoder, "ops", None)
     with pytest.raises(AttributeError):
         layer(x)

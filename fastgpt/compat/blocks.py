@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.nn.fallback import is_small
 from fastgpt.nn.linear import reads_few_rows
 from fastgpt.ops.transformer_block import covers, transformer_block_with_qkv
 
@@ -24,6 +25,8 @@ class BlockNote(NamedTuple):
 
     activation: str
     eps: float
+    takes: tuple[str, ...] = ()  # the names of forward's arguments behind the first
+    in_tuple: bool = False  # forward returns (result,), as in transformers 4
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
@@ -59,10 +62,19 @@ class Conv1DPart(torch.nn.Module):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if reads_few_rows(x):
+        if reads_few_rows(x) and not is_small(self.weight, "weight"):
             return ops.linear(x, self.weight.t(), self.bias)
         y: Tensor = super().forward(x)
         return y
+
+
+def scaling_of(attn: Any) -> float:
+    """The factor of the scores of GPT-2's attention; transformers 4 has no attribute for it."""
+    scaling: float | None = getattr(attn, "scaling", None)
+    if scaling is None:
+        scaling = float(attn.head_dim) ** -0.5 if attn.scale_attn_weights else 1.0
+        scaling /= attn.layer_idx + 1 if attn.scale_attn_by_inverse_layer_idx else 1
+    return scaling
 
 
 def _layer(block: Any) -> int:
@@ -88,37 +100,26 @@ class GPT2BlockPart(torch.nn.Module):
             and are_plain((c_attn, c_proj, c_fc, out), (ln_1, ln_2, attn, mlp), "Conv1D")
         )
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        use_cache: bool | None = False,
-        **kwargs: Any,
-    ) -> Any:
-        x = hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        note: BlockNote = self.__dict__[NOTE]
+        given = dict(zip(note.takes, args, strict=False)) | kwargs
+        x, cache, mask = hidden_states, given.get("past_key_values"), given.get("attention_mask")
         if (
-            encoder_hidden_states is None
-            and (past_key_values is None or type(past_key_values).__name__ == "DynamicCache")
+            (cache is None or type(cache).__name__ == "DynamicCache")
+            and all(given.get(name) is None for name in ("encoder_hidden_states", "head_mask"))
+            and not given.get("output_attentions")
             and covers(x)
             and self._is_whole()
         ):
-            cached = 0 if past_key_values is None else past_key_values.get_seq_length(_layer(self))
-            if attention_mask is None and cached == 0:
-                return self._in_one_call(x, past_key_values)
-            if past_key_values is not None and x.shape[1] == 1 and reads_few_rows(x):
-                return self._one_token(x, past_key_values, attention_mask)
-        return super().forward(
-            hidden_states,
-            past_key_values,
-            attention_mask,
-            encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
+            y = None
+            cached = 0 if cache is None else cache.get_seq_length(_layer(self))
+            if mask is None and cached == 0:
+                y = self._in_one_call(x, cache)
+            elif cache is not None and x.shape[1] == 1 and reads_few_rows(x):
+                y = self._one_token(x, cache, mask)
+            if y is not None:
+                return (y,) if note.in_tuple else y
+        return super().forward(hidden_states, *args, **kwargs)
 
     def _in_one_call(self, x: Tensor, cache: Any) -> Tensor:
         params = [p.t() if p.dim() == 2 else p for part in self._parts() for p in (part.weight, part.bias)]
@@ -140,10 +141,8 @@ class GPT2BlockPart(torch.nn.Module):
         qkv = ops.linear(y, c_attn.weight.t(), c_attn.bias).view(B, 1, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, 1, D)
         k, v = cache.update(k, v, attn.layer_idx)
-        if mask is None:
-            y = ops.attention(q, k, v, scale=attn.scaling)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, scale=attn.scaling)
+        ours = mask is None and not is_small(k, "cache")
+        y = ops.attention(q, k, v) if ours else F.scaled_dot_product_attention(q, k, v, mask)
         x = ops.linear(y.transpose(1, 2).reshape(B, 1, C), c_proj.weight.t(), c_proj.bias, residual=x)
         y = ops.layer_norm(x, (C,), ln_2.weight, ln_2.bias, ln_2.eps)
         note: BlockNote = self.__dict__[NOTE]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastgpt import ops
+from fastgpt.nn.fallback import is_small
 
 NAME = "fastgpt"
 _log = logging.getLogger("fastgpt")
@@ -46,10 +47,12 @@ def attention_forward(
         what = "a position bias, a soft cap or a paged cache"
     elif key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.dtype != key.dtype:
         what = "keys and values of different kinds"
-    if what is not None:
+    few = query.shape[2] == 1 and query.dtype == torch.float32 and is_small(key, "cache")
+    if what is not None or few:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        _log_once(what)
+        if what is not None:
+            _log_once(what)
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module,
             query,

@@ -14,10 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import ops
+from fastgpt import nn, ops
 from fastgpt.compat.blocks import BlockPart, Conv1DPart, GPT2BlockPart
 from fastgpt.compat.loss import CausalLMPart, GPTPart
 from fastgpt.functional import scaled_dot_product_attention
+from fastgpt.nn.fallback import is_small
+
+# torch's class -> ours.
+POINTWISE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.LayerNorm: nn.LayerNorm,
+    torch.nn.RMSNorm: nn.RMSNorm,
+    torch.nn.GELU: nn.GELU,
+    torch.nn.SiLU: nn.SiLU,
+    torch.nn.Tanh: nn.Tanh,
+    torch.nn.Sigmoid: nn.Sigmoid,
+}
+
+
+class UnlessSmallPart(torch.nn.Module):
+    """A norm or activation of torch.nn: fastgpt.nn's of the same name, and torch's for few numbers, such as one token's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_small(input):
+            small: Tensor = super().forward(input)
+            return small
+        ours: Any = POINTWISE[type(self).__mro__[2]]
+        y: Tensor = ours.forward(self, input)
+        return y
 
 
 class RMSNormPart(torch.nn.Module):
@@ -36,6 +59,9 @@ class GatedMLPPart(torch.nn.Module):
     """Llama's MLP in Hugging Face: down_proj(silu(gate_proj(x)) * up_proj(x)); the projections are called as modules."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_small(x):
+            small: Tensor = super().forward(x)
+            return small
         gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
         y: Tensor = self.down_proj(ops.swiglu(gate, up))  # type: ignore[operator]
         return y
@@ -45,7 +71,7 @@ class GELUTanhPart(torch.nn.Module):
     """gelu in the tanh form, which GPT-2's code in Hugging Face, and minGPT's, write in eight operations."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.gelu(input, approximate="tanh")
+        return ops.gelu(input, approximate="tanh")  # torch's eight operations are slower for few numbers, too
 
 
 class LayerNormPart(torch.nn.Module):
@@ -55,6 +81,9 @@ class LayerNormPart(torch.nn.Module):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_small(input):
+            small: Tensor = super().forward(input)
+            return small
         return ops.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
@@ -79,6 +108,7 @@ class CausalSelfAttentionPart(torch.nn.Module):
 _PARTS = {
     part.__name__: part
     for part in (
+        UnlessSmallPart,
         RMSNormPart,
         GatedMLPPart,
         GELUTanhPart,

@@ -14,19 +14,14 @@ import torch
 
 from fastgpt import nn
 from fastgpt.compat import blocks, loss, parts
+from fastgpt.nn.fallback import whatever_size
 
 _BEFORE = "_fastgpt_class"
 _ATTENTION = "_fastgpt_attention"
 _LOSS = "_fastgpt_loss"
 
-# torch's class -> ours. The activations' and norms' own classes; nn.Embedding is torch's look-up already.
+# torch's class -> ours, beside parts.POINTWISE; nn.Embedding is torch's look-up already.
 _TORCH: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.LayerNorm: nn.LayerNorm,
-    torch.nn.RMSNorm: nn.RMSNorm,
-    torch.nn.GELU: nn.GELU,
-    torch.nn.SiLU: nn.SiLU,
-    torch.nn.Tanh: nn.Tanh,
-    torch.nn.Sigmoid: nn.Sigmoid,
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
     torch.nn.Linear: nn.Linear,
     torch.nn.MultiheadAttention: nn.MultiheadAttention,
@@ -59,7 +54,7 @@ def _same(module: torch.nn.Module, faster: type[torch.nn.Module], *x: torch.Tens
     modes = [(child, child.training) for child in module.modules()]
     try:
         # Under the caller's autocast both would round to half, and differ by that.
-        with torch.no_grad(), torch.autocast(x[0].device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x[0].device.type, enabled=False), whatever_size():
             module.eval()
             want = module.forward(*x)
             module.__class__ = faster
@@ -85,6 +80,8 @@ def _by_parts(module: Any, report: Report) -> type[torch.nn.Module] | None:
     kind: Any = type(module)
     checked: list[tuple[type[torch.nn.Module], Callable[[], torch.Tensor]]] = []
     weight = getattr(module, "weight", None)
+    if kind in parts.POINTWISE:
+        return parts.derived(parts.UnlessSmallPart, kind)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return parts.derived(parts.Conv1DPart, kind)
     if kind.__name__ == "GPT2Block" and kind.__module__.startswith("transformers."):
@@ -139,20 +136,22 @@ def _gpt2_block(module: Any, report: Report) -> type[torch.nn.Module] | None:
     """Our class for a block of Hugging Face's GPT-2 that is as GPT-2's are."""
     kind: Any = type(module)
     attn = module.attn
-    takes = list(inspect.signature(kind.forward).parameters)
+    takes = tuple(inspect.signature(kind.forward).parameters)[2:]
     what = None
-    if takes[1:6] != [
-        "hidden_states", "past_key_values", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
-    ] or "head_mask" in takes:  # fmt: skip
-        what = "this version of transformers calls it with other arguments"
+    if attn.config.reorder_and_upcast_attn:
+        what = "its attention is in float32 whatever the model's dtype"
     elif hasattr(module, "crossattention") or attn.is_cross_attention:
         what = "it attends to an encoder"
-    elif attn.scaling != attn.head_dim**-0.5:
+    elif blocks.scaling_of(attn) != attn.head_dim**-0.5:
         what = "its scores are scaled by other than 1 / sqrt(D)"
     if what is not None:
         report.left["GPT2Block"] = f"{what}; its parts are replaced one by one"
         return None
-    return parts.derived(parts.GPT2BlockPart, kind) if _note(module, module.mlp.act, report) else None
+    if not _note(module, module.mlp.act, report):
+        return None
+    note = module.__dict__[blocks.NOTE]
+    module.__dict__[blocks.NOTE] = note._replace(takes=takes, in_tuple="output_attentions" in takes)
+    return parts.derived(parts.GPT2BlockPart, kind)
 
 
 def _block(module: Any, report: Report) -> type[torch.nn.Module] | None:

@@ -2,8 +2,8 @@
 
 Both derive from torch's classes: arguments, initial weights of a seed, state_dict keys and results are torch's. Attention without
 probabilities asked for (need_weights=False) and without a mask, or with a causal one and is_causal=True, is `ops.attention`; under
-dropout in training it is torch's, and everything else goes to torch's own forward. So does input of less than SMALL numbers on the CPU:
-there the way through Python costs more than our ops save.
+dropout in training it is torch's, and everything else goes to torch's own forward. So does small input on the
+CPU (SMALLEST in fallback.py): there the way through Python costs more than our ops save.
 """
 
 import torch
@@ -12,16 +12,9 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.functional import scaled_dot_product_attention
-from fastgpt.nn.fallback import log_fallback
+from fastgpt.nn.fallback import is_small, log_fallback
 from fastgpt.nn.linear import Linear
 from fastgpt.nn.modules import LayerNorm
-
-# Measured with torch 2.13 on two Zen 4 cores: 4096 numbers 0.65 to 0.87 times as fast as torch, 262144 numbers 0.99 to 1.4 times.
-SMALL = 65536
-
-
-def _is_small(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() < SMALL
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -86,7 +79,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         what = self._uncovered(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
-        if what is not None or _is_small(query):
+        if what is not None or is_small(query, "layer"):
             if what is not None:
                 log_fallback(f"MultiheadAttention with {what}")
             return super().forward(
@@ -142,7 +135,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src_key_padding_mask is not None or (src_mask is not None) != is_causal or src.is_nested or _is_small(src):
+        if (
+            src_key_padding_mask is not None
+            or (src_mask is not None) != is_causal
+            or src.is_nested
+            or is_small(src, "layer")
+        ):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), src_mask, None, is_causal)
@@ -151,6 +149,6 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        if self.activation is not F.gelu or _is_small(x):
+        if self.activation is not F.gelu or is_small(x, "layer"):
             return super()._ff_block(x)
         return self.dropout2(self.linear2(self.dropout(ops.gelu(self.linear1(x)))))
