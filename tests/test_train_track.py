@@ -6,11 +6,16 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import TINY, arguments, text_file
 
 from fastgpt.cli import main
 from fastgpt.errors import UserError
+from fastgpt.finetune.loop import fit
+from fastgpt.finetune.options import load_options
+from fastgpt.finetune.recipe import Recipe
 from fastgpt.train import Trainer, load_config, open_run, start_run
+from fastgpt.train.metrics import Metrics
 from fastgpt.train.track import TRACKERS, Tracking, tracker_names
 
 
@@ -88,12 +93,12 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, module, 
 def test_one_that_does_not_start_or_is_not_there_is_known_before_training(tmp_path, module, monkeypatch):
     fake = module("wandb", Recorder())
     fake.started = None  # so that init fails
-    with pytest.raises(UserError, match=r"train\.track: wandb does not start: 'NoneType' object has no attribute"):
+    with pytest.raises(UserError, match=r"--track: wandb does not start: 'NoneType' object has no attribute"):
         Tracking(["wandb"], tmp_path, {}, 0, print)
     monkeypatch.setattr("fastgpt.train.track.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"trackio is not installed; pip install 'fastgpt-kernels\[trackio\]'"):
         load_config(overrides={"train.track": "trackio"})
-    with pytest.raises(UserError, match=r"train\.track is 'wnadb'; accepted are tensorboard, trackio, wandb"):
+    with pytest.raises(UserError, match=r"--track is 'wnadb'; accepted are tensorboard, trackio, wandb"):
         load_config(overrides={"train.track": "wnadb"})
     assert tracker_names("") == []
     assert set(TRACKERS) == {"tensorboard", "trackio", "wandb"}
@@ -109,3 +114,26 @@ def test_tensorboard_writes_events_that_it_reads_back(tmp_path):
     found = [(event.step, event.value) for event in events.Scalars("val_loss")]
     assert [step for step, _ in found] == [0, 4, 8, 12, 16]
     assert [value for _, value in found] == pytest.approx([line["val_loss"] for line in lines(tmp_path / "run")])
+
+
+def test_a_tracker_gets_what_fine_tuning_measures(tmp_path, module):
+    recorder = module("trackio", Recorder())
+    model = torch.nn.Linear(3, 1)
+    x, y = torch.randn(8, 3), torch.randn(8, 1)
+    fit(
+        model,
+        [1] * 8,
+        lambda batch: (model(x[batch]) - y[batch]).square().mean(),
+        lambda: {"val_loss": (model(x) - y).square().mean().item()},
+        lambda line: None,
+        Recipe(epochs=2, batch_size=4, track="trackio"),
+        Metrics(tmp_path / "metrics.jsonl"),
+        torch.float32,
+    )
+    assert [(line.pop("step"), line) for line in lines(tmp_path)] == recorder.logged
+    assert [step for step, _ in recorder.logged] == [2, 4]
+    assert recorder.finished == 1
+    assert recorder.started[0]["config"]["batch_size"] == 4
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="--track is 'trackoi'"):
+        load_options(None, {"track": "trackoi"})

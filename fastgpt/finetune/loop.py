@@ -8,6 +8,7 @@ per cent. The order is a function of the seed and the epoch.
 There are no checkpoints: a run takes minutes, and one that is stopped leaves the weights of its last evaluation.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from fastgpt.train.optimizer import build_optimizer, update
 from fastgpt.train.outcome import not_finite
 from fastgpt.train.progress import Pace, Progress
 from fastgpt.train.schedule import Schedule
+from fastgpt.train.track import Tracking, tracker_names
 
 WINDOW_BATCHES = 16  # batches' worth of examples sorted together
 WARMUP_SHARE = 0.1
@@ -113,6 +115,8 @@ def fit(
     progress = Progress(0, steps)
     started, pace, total, seen = time.monotonic(), Pace(), 0.0, 0
     line: dict[str, Any] = {}
+    told = dataclasses.asdict(recipe)
+    tracking = Tracking(tracker_names(recipe.track), metrics.path.parent, told, 0, progress.say)
     title = f"{metrics.path.parent.name}: {counted(len(lengths), 'example')}, {counted(recipe.epochs, 'epoch')}"
     try:
         for step, batch in enumerate(plan, start=1):
@@ -142,6 +146,7 @@ def fit(
                     "elapsed_s": round(time.monotonic() - started, 3),
                 }
                 metrics.append(line)
+                tracking.log(line)
                 words = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
                 progress.say(f"step {step:,} of {steps:,}: training loss {total / seen:.4f}, {words}")
                 plot_losses(metrics.lines, metrics.path.with_name("loss.png"), title, unit)
@@ -149,5 +154,6 @@ def fit(
                 total, seen = 0.0, 0
     finally:
         progress.close()
+        tracking.close()
         model.eval()
     return line

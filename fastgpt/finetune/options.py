@@ -12,6 +12,7 @@ import yaml
 from fastgpt.errors import UserError
 from fastgpt.finetune.recipe import Recipe
 from fastgpt.train.config import convert_value, nearest, option
+from fastgpt.train.track import tracker_names
 
 TASKS = ("chat", "classify", "regress")
 PRESETS = Path(__file__).with_name("presets")
@@ -53,6 +54,7 @@ class Options:
     device: str = option("auto", "where to train: 'auto', 'cpu', 'cuda' or 'cuda:N'")
     dtype: str = option("auto", "number format of the matrix products", choices=("auto", "float32", "bfloat16"))
     threads: int = option(0, "threads for the CPU (0: torch's own choice)", at_least=0)
+    track: str = option("", "also send the measurements to tensorboard, trackio or wandb; several with commas")
 
     def recipe(self) -> Recipe:
         """The part that the loop needs."""
@@ -78,7 +80,7 @@ def load_options(preset: str | None, given: Mapping[str, str]) -> Options:
     """Defaults, then a preset, then values of the command line.
 
     Raises:
-        UserError: an unknown preset or a value out of range.
+        UserError: an unknown preset, a value out of range, or a tracker that is not there.
 
     Example:
         >>> load_options("sms-spam", {"epochs": "1"}).task
@@ -92,4 +94,5 @@ def load_options(preset: str | None, given: Mapping[str, str]) -> Options:
             )
         _apply(options, yaml.safe_load((PRESETS / f"{preset}.yaml").read_text(encoding="utf-8")), from_text=False)
     _apply(options, given, from_text=True)
+    tracker_names(options.track)
     return options

@@ -15,6 +15,7 @@ class Recipe:
         grad_clip: largest norm of the gradient; 0: no clipping.
         seed: of the order, the new weights and dropout.
         evals_per_epoch: measurements on the held-out part each epoch.
+        track: trackers that get the measurements too, as of `fastgpt.train.track.tracker_names`.
     """
 
     epochs: int = 3
@@ -24,3 +25,4 @@ class Recipe:
     grad_clip: float = 1.0
     seed: int = 1337
     evals_per_epoch: int = 1
+    track: str = ""

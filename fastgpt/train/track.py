@@ -1,6 +1,7 @@
 """Where else a run's measurements go: TensorBoard, trackio, Weights & Biases.
 
-metrics.jsonl and loss.png are always written. `train.track` names trackers that get the same numbers at each evaluation:
+metrics.jsonl and loss.png are always written. `--track`, of training and of fine-tuning, names trackers that get the same numbers at
+each evaluation:
 
     tensorboard   event files below RUN/tensorboard                       (`tensorboard --logdir runs`)
     trackio       its local database, project "fastgpt"                   (`trackio show`)
@@ -86,7 +87,7 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
 
 
 def tracker_names(text: str) -> list[str]:
-    """The names in `train.track`, which commas separate.
+    """The names given to `--track`, which commas separate.
 
     Raises:
         UserError: an unknown one, or one that is not installed.
@@ -98,9 +99,9 @@ def tracker_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"train.track is {text!r}; accepted are {', '.join(TRACKERS)}, with commas between them")
+            raise UserError(f"--track is {text!r}; accepted are {', '.join(TRACKERS)}, with commas between them")
         if find_spec(name) is None:
-            raise UserError(f"train.track: {name} is not installed; pip install 'fastgpt-kernels[{name}]'")
+            raise UserError(f"--track: {name} is not installed; pip install 'fastgpt-kernels[{name}]'")
     return names
 
 
@@ -132,7 +133,7 @@ class Tracking:
                 self.active[name] = TRACKERS[name](folder, config, step)
             except Exception as error:
                 self.close()
-                raise UserError(f"train.track: {name} does not start: {_line(error)}") from error
+                raise UserError(f"--track: {name} does not start: {_line(error)}") from error
 
     def log(self, line: Mapping[str, Any]) -> None:
         """The numbers of a line of metrics.jsonl."""
