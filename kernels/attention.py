@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastgpt.kernels import attention_decode
 from fastgpt.kernels.attention_tiles import (
-    ANY,
     LN_2,
     MAX_DIM,
+    NO_LIMIT,
     Options,
     block_d,
     cap_scores,
@@ -34,6 +34,7 @@ from fastgpt.kernels.attention_tiles import (
     sequence_rows,
     stages,
     store_rows,
+    tile_for,
 )
 from fastgpt.kernels.launch import dot_precision, operand
 
@@ -152,10 +153,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tu
         block_m = max(16, triton.next_power_of_2(longest))
         warps = min(warps, 4)
     flags = options.flags(k.shape[2])
+    block_m, block_n, warps = tile_for((block_m, block_n, warps), flags[3])
     blocks = max(triton.cdiv(longest, block_m), 1)
     attention_fwd_kernel[(blocks * sequences * heads,)](
         q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], heads, heads // k.shape[1], blocks,
         queries, k.shape[2], dim, *options.values(), *flags, dim == width, block_m, block_n, width, operand(q), dot_precision(q),
-        num_warps=warps, num_stages=stages(q) if flags[3] != ANY.value else 2,
+        num_warps=warps, num_stages=stages(q), **(NO_LIMIT if flags[3] else {}),
     )  # fmt: skip
     return out, lse

@@ -29,6 +29,7 @@ from fastgpt.kernels.attention_tiles import (
     sees,
     sequence_rows,
     store_rows,
+    tile_for,
 )
 from fastgpt.kernels.launch import architecture, dot_precision, operand
 
@@ -256,19 +257,20 @@ def attention_backward(
     )
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3])
     flags = options.flags(keys)
+    limit = NO_LIMIT if exact or flags[3] else {}
     rest = (options.scale, *options.values(), *flags, dim == width)
     types = (operand(q), dot_precision(q))
-    block_m, block_n, warps = (TILES_KV_FP32 if exact else TILES_KV)[width]
+    block_m, block_n, warps = tile_for((TILES_KV_FP32 if exact else TILES_KV)[width], flags[3])
     blocks = max(triton.cdiv(longest_keys, block_n), 1)
     attention_bwd_kv_kernel[(blocks * sequences * kv_heads,)](
         q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
-        block_m, block_n, width, *types, num_warps=warps, num_stages=2, **(NO_LIMIT if exact else {}),
+        block_m, block_n, width, *types, num_warps=warps, num_stages=2, **limit,
     )  # fmt: skip
     tiles = TILES_Q_FP32 if exact else TILES_Q if architecture(q) < 100 else TILES_Q_SM100
-    block_m, block_n, warps = tiles[width]
+    block_m, block_n, warps = tile_for(tiles[width], flags[3])
     blocks = max(triton.cdiv(longest, block_m), 1)
     attention_bwd_q_kernel[(blocks * sequences * heads,)](
         q, k, v, g, lse, delta, dq, *strides, *dq.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
-        block_m, block_n, width, *types, num_warps=warps, num_stages=2, **(NO_LIMIT if exact else {}),
+        block_m, block_n, width, *types, num_warps=warps, num_stages=2, **limit,
     )  # fmt: skip
     return dq, dk, dv

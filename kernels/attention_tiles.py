@@ -32,6 +32,7 @@ __all__ = [
     "heads_inside",
     "rows_together",
     "stages",
+    "tile_for",
 ]
 
 MAX_DIM = 256
@@ -201,6 +202,23 @@ def heads_inside(x: Tensor) -> Tensor:
 def block_d(dim: int) -> int:
     """The head size padded to what tl.dot takes."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def tile_for(tile: tuple[int, int, int], dropout: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps) with room for Philox's registers beside the scores: at most 16 elements a thread where four share a
+    call, 8 where each has its own. aot.py shows spills with more."""
+    block_m, block_n, warps = tile
+    if dropout == NONE.value:
+        return tile
+    most = 16 if dropout == ALIGNED.value else 8
+    while block_m * block_n > most * 32 * warps:
+        if warps < 8:
+            warps *= 2
+        elif block_m >= block_n:
+            block_m //= 2
+        else:
+            block_n //= 2
+    return block_m, block_n, warps
 
 
 def stages(x: Tensor) -> int:

@@ -1,0 +1,117 @@
+"""What a case of the GPU benchmark is made of: inputs, fastgpt's engines, torch, other libraries, and what is right in float64."""
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+
+from ..harness import DTYPES, Variant, error_of
+
+Function = Callable[..., Any]
+
+
+@dataclasses.dataclass
+class Made:
+    """A case with its inputs: what to time, and what is right (in float64) of what `pick` takes of a result."""
+
+    variants: list[Variant]
+    expected: Callable[[], tuple[Tensor, ...]]
+    pick: Callable[[Any], tuple[Tensor, ...]] = lambda result: (result,)
+    error: Callable[[Tensor, Tensor], float] = error_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the plan."""
+
+    op: str
+    case: str
+    dtype: str
+    shape: tuple[int, ...]
+    make: "Callable[[Kit], Made]"
+    bytes_moved: int = 0
+    flops: int = 0
+    tokens: int = 0
+
+
+class Kit:
+    """Makes inputs and variants on one device; on "meta" nothing has data and nothing may run.
+
+    Args:
+        device: where.
+        engines: fastgpt's, by name.
+        compiles: whether torch.compile is one of the variants.
+        seed: of the inputs.
+    """
+
+    def __init__(self, device: str, engines: Sequence[str], compiles: bool, seed: int) -> None:
+        self.device, self.engines, self.compiles = torch.device(device), tuple(engines), compiles
+        self._generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: str) -> Tensor:
+        if self._generator is None:
+            return torch.empty(shape, dtype=DTYPES[dtype], device=self.device)
+        return torch.randn(shape, generator=self._generator, device=self.device).to(DTYPES[dtype])
+
+    def below(self, most: int, *shape: int) -> Tensor:
+        if self._generator is None:
+            return torch.empty(shape, dtype=torch.int64, device=self.device)
+        return torch.randint(most, shape, generator=self._generator, device=self.device)
+
+    def ours(self, run: Callable[[], Any]) -> list[Variant]:
+        """The call on each of fastgpt's engines; one that has no such op or does not cover it is left out, and the result says so."""
+
+        def on(engine: str) -> Callable[[], Any]:
+            def forced() -> Any:
+                with ops.use_backend(engine):
+                    return run()
+
+            return forced
+
+        return [Variant(f"fastgpt {engine}", on(engine), ours=True, optional=True) for engine in self.engines]
+
+    def torchs(self, function: Function, bind: Callable[[Function], Callable[[], Any]]) -> list[Variant]:
+        """torch eager, and compiled for static shapes."""
+        found = [Variant("torch eager", bind(function))]
+        if self.compiles:
+            found.append(Variant("torch.compile", bind(torch.compile(function, dynamic=False)), optional=True))
+        return found
+
+
+def library(name: str, module: str, function: str, bind: Callable[[Function], Callable[[], Any]]) -> list[Variant]:
+    """Another library's variant where it is installed; its function is looked up at the first call."""
+    if importlib.util.find_spec(module.split(".", 1)[0]) is None:
+        return []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return [Variant(name, bind(call), optional=True)]
+
+
+def liger(function: str, bind: Callable[[Function], Callable[[], Any]]) -> list[Variant]:
+    return library("Liger-Kernel", "liger_kernel.transformers.functional", function, bind)
+
+
+def forward(*inputs: Any) -> Callable[[Function], Callable[[], Any]]:
+    return lambda function: lambda: function(*inputs)
+
+
+def both(inputs: tuple[Tensor, ...], grad: Tensor | None, *rest: Any) -> Callable[[Function], Callable[[], Any]]:
+    """The result's gradients with respect to `inputs`, the first arguments; `rest` are the other ones."""
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+    return lambda function: lambda: torch.autograd.grad(function(*leaves, *rest), leaves, grad)
+
+
+def exact_gradients(
+    function: Function, inputs: tuple[Tensor, ...], grad: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """The same in float64, by autograd through the formula."""
+    leaves = tuple(x.detach().double().requires_grad_() for x in inputs)
+    return torch.autograd.grad(function(*leaves, *rest), leaves, None if grad is None else grad.double())
