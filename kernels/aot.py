@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from fastgpt.kernels import (
     activation,
+    adamw,
     attention,
     attention_backward,
     attention_decode,
@@ -154,8 +155,20 @@ def swiglu_calls() -> Calls:
             yield f"{what}{name} backward", partial(swiglu.gated_backward, kind, x, *pair)
 
 
+def adamw_calls() -> Calls:
+    p, g, m, v = ([meta(768, 768, dtype=FULL), meta(768, dtype=FULL)] for _ in range(4))
+    for shadow, zeroes in itertools.product((None, HALF, torch.float16), (False, True)):
+        shadows = [] if shadow is None else [meta(768, 768, dtype=shadow), meta(768, dtype=shadow)]
+        yield (
+            f"shadow {shadow}{' zeroing' * zeroes}",
+            partial(adamw.adamw, p, g, m, v, [0.1, 0.0], 1e-3, 0.9, 0.95, 1e-8, 1.0, 3, shadows, zeroes),
+        )
+    yield "grad_norm", partial(adamw.grad_norm, g)
+
+
 CALLS: dict[str, Callable[[], Calls]] = {
     "activation": activation_calls,
+    "adamw": adamw_calls,
     "attention": attention_calls,
     "attention_options": attention_option_calls,
     "cross_entropy": cross_entropy_calls,

@@ -118,11 +118,15 @@ def cross_entropy(
 
 
 def cross_entropy_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
-    """The gradient of the logits from that of the loss and the forward's lse: (N, C) in the logits' dtype, contiguous."""
+    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits from that of the loss and the forward's lse: (N, C) in the logits' dtype, contiguous.
+
+    `out` takes it; it may be the logits themselves where they are contiguous, of which each number is read before it is written.
+    """
     logits, target = _rows(logits), target.contiguous()
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
     rows, classes = logits.shape
     if rows == 0:
         return dlogits

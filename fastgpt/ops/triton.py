@@ -191,3 +191,57 @@ def _attention_decode(
     made = _attention_options((query, key, value), is_causal, scale, options)
     tensors = (query, key, value, rows, starts, ends)
     return _run("attention_decode", "attention_decode", tensors, *tensors, made)[0]
+
+
+@implement("cross_entropy_inplace", "triton")
+def _cross_entropy_inplace(
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float
+) -> Tensor:
+    _cross_entropy_covers(logits, z_loss)
+    if not logits.is_contiguous():
+        raise NotCovered("strides; covered are contiguous logits")
+    options = (ignore_index, reduction, label_smoothing)
+    loss, lse = _run("cross_entropy", "cross_entropy", (logits, target), logits, target, *options)
+    one = torch.ones_like(loss)
+    _run("cross_entropy", "cross_entropy_backward", (logits,), one, logits, target, lse, *options, logits)
+    return loss
+
+
+@implement("linear_cross_entropy", "triton")
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, dtype: torch.dtype,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if 0 in weight.shape:
+        raise NotCovered(f"weights of shape {tuple(weight.shape)}")
+    if dtype not in importlib.import_module("fastgpt.kernels.launch").DTYPES:
+        raise NotCovered(f"logits of {dtype}")
+    options = (ignore_index, reduction, label_smoothing, dtype, keeps)
+    return _run("linear_cross_entropy", "linear_cross_entropy", (x, weight, target), x, weight, target, *options)
+
+
+def _whole(tensors: list[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
+    """The optimizer's kernels read tensors by their addresses."""
+    for x in tensors:
+        if x.dtype not in dtypes or not x.is_contiguous():
+            raise NotCovered(f"{x.dtype}{'' if x.is_contiguous() else ', strided'}; covered are contiguous {dtypes}")
+    if len({x.dtype for x in tensors}) > 1:
+        raise NotCovered("shadows of several dtypes")
+
+
+@implement("grad_norm", "triton")
+def _grad_norm(grads: list[Tensor]) -> Tensor:
+    _whole(grads)
+    return _run("adamw", "grad_norm", tuple(grads), grads)
+
+
+@implement("adamw", "triton")
+def _adamw(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], weight_decays: list[float],
+    lr: float, beta1: float, beta2: float, eps: float, grad_scale: float, step: int, shadows: list[Tensor], zero_grads: bool,
+) -> None:  # fmt: skip
+    state = [*params, *grads, *exp_avgs, *exp_avg_sqs]
+    _whole(state)
+    _whole(shadows, (torch.float16, torch.bfloat16))
+    options = (weight_decays, lr, beta1, beta2, eps, grad_scale, step, shadows, zero_grads)
+    _run("adamw", "adamw", (*state, *shadows), params, grads, exp_avgs, exp_avg_sqs, *options)
