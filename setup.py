@@ -7,8 +7,8 @@ Environment:
     CXX                  the C++ compiler (default g++); must accept GCC's flags
     FASTGPT_CXXFLAGS     appended to every compile line (e.g. "-Werror", "-fsanitize=address,undefined")
     FASTGPT_LDFLAGS      appended to every link line
-    FASTGPT_CUDA         auto (default): build fastgpt._cuda where nvcc is found and works, go on without it where not; 0: never;
-                         1: required, the install fails without it
+    FASTGPT_CUDA         auto (default): compile the kernels of fastgpt._cuda where nvcc is found and works, leave them to NVRTC at
+                         run time where not; 0: no fastgpt._cuda; 1: nvcc is required, the install fails without it
     CUDA_HOME            the toolkit whose bin/nvcc is used (default: nvcc on the PATH)
     FASTGPT_CUDA_ARCH    the chips to compile for (default "80 90a 100a"; the first one's PTX serves newer chips)
 """
@@ -43,6 +43,12 @@ MODULES: dict[str, tuple[list[str], str, str]] = {
 }
 
 
+CUDA_BINDINGS = ["csrc/python/cuda.cpp", "csrc/python/cuda_attention.cpp", "csrc/python/cuda_compiler.cpp"]
+# Without nvcc: the same launchers for the C++ compiler, kernels without bodies that NVRTC compiles at their first use. A kernel is
+# found by its symbol, so symbols are kept visible and empty functions apart.
+NVRTC_FLAGS = "-DFASTGPT_NVRTC -fvisibility=default -fno-ipa-icf -Wno-unused-parameter"
+
+
 def find_nvcc() -> tuple[str, Path] | str:
     """nvcc and the toolkit's root, which nvcc itself names (on the PATH may lie a link or a script); or why there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -70,14 +76,18 @@ NVCC = find_nvcc() if WANTED != "0" else "FASTGPT_CUDA=0"
 if isinstance(NVCC, str):
     if WANTED == "1":
         sys.exit(f"fastgpt: FASTGPT_CUDA=1 asks for the CUDA kernels, but there is {NVCC}")
-    print(f"fastgpt: built without the CUDA kernels: {NVCC}", file=sys.stderr)
+    if WANTED == "0":
+        print(f"fastgpt: built without the CUDA kernels: {NVCC}", file=sys.stderr)
+    else:
+        print(f"fastgpt: NVRTC will compile the CUDA kernels at their first use: {NVCC}", file=sys.stderr)
+        MODULES["fastgpt._cuda"] = (["csrc/cuda", "csrc/nvrtc", *CUDA_BINDINGS], NVRTC_FLAGS, "-ldl -Wl,-Bsymbolic")
 else:
     library = next(
         (d for d in ("lib64", "targets/x86_64-linux/lib", "lib") if (NVCC[1] / d / "libcudart_static.a").exists()),
         "lib64",
     )
     MODULES["fastgpt._cuda"] = (
-        ["csrc/cuda", "csrc/python/cuda.cpp", "csrc/python/cuda_attention.cpp"],
+        ["csrc/cuda", *CUDA_BINDINGS],
         "",
         f"{shlex.quote(str(NVCC[1] / library / 'libcudart_static.a'))} -ldl -lrt",
     )
@@ -115,6 +125,16 @@ def escape(path: object) -> str:
 class NinjaBuild(build_ext):
     """Compiles all extensions with one ninja run; setuptools keeps naming, in-place copies and wheels."""
 
+    host_view_written = False
+
+    def host_view(self, build_dir: Path) -> str:
+        """Flags by which a C++ compiler finds CUDA's words and csrc/cuda without device code, which is written on the way."""
+        view = build_dir / "host_view"
+        if not self.host_view_written:
+            subprocess.run([sys.executable, str(ROOT / "csrc" / "nvrtc" / "host_view.py"), str(view)], check=True)
+            self.host_view_written = True
+        return " ".join(f"-I{shlex.quote(str(path))}" for path in (ROOT / "csrc" / "nvrtc" / "include", view))
+
     def build_extensions(self) -> None:
         import ninja
         import pybind11
@@ -126,14 +146,15 @@ class NinjaBuild(build_ext):
         lines = [
             "ninja_required_version = 1.5",
             f"cxx = {os.environ.get('CXX', 'g++')}",
-            f"cflags = {COMPILE_FLAGS} {include_flags}",
+            f"cflags = {COMPILE_FLAGS}",
+            f"includes = {include_flags}",
             f"extra_cflags = {os.environ.get('FASTGPT_CXXFLAGS', '')}",
             f"ldflags = {LINK_FLAGS}",
             f"extra_ldflags = {os.environ.get('FASTGPT_LDFLAGS', '')}",
             f"nvcc = {NVCC if isinstance(NVCC, str) else shlex.quote(NVCC[0])}",
             f"nvccflags = {NVCC_FLAGS} -ccbin $cxx {include_flags}",
             "rule compile",
-            "  command = $cxx $cflags $flags $extra_cflags -MMD -MF $out.d -c $in -o $out",
+            "  command = $cxx $cflags $flags $includes $extra_cflags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
@@ -153,8 +174,12 @@ class NinjaBuild(build_ext):
             for source in sources(places):
                 target = build_dir / extension.name / f"{source}.o"
                 rule, flags = "compile", compile_flags
-                if source.endswith(".cu"):
+                if source.endswith(".cu") and isinstance(NVCC, str):
+                    flags = f"-x c++ {compile_flags} {self.host_view(build_dir)}"
+                elif source.endswith(".cu"):
                     rule, flags = "compile_device", device_flags(source)
+                elif extension.name == "fastgpt._cuda" and isinstance(NVCC, str):
+                    flags = f"{compile_flags} {self.host_view(build_dir)}"
                 lines += [f"build {escape(target)}: {rule} {escape(ROOT / source)}", f"  flags = {flags}"]
                 objects.append(escape(target))
             target = Path(self.get_ext_fullpath(extension.name)).resolve()

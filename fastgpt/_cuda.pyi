@@ -1,8 +1,10 @@
 """CUDA kernels on device addresses (csrc/python/cuda.cpp); every launcher's last argument is a stream, as CUDA's number of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 def why_no_device() -> str | None: ...
+def compiler() -> str: ...
+def set_compiler(compile: Callable[[str, int, int], tuple[str, bytes]]) -> None: ...
 def softmax(
     type: int, x: int, y_in: int, y: int, mask: int, mask_stride: Sequence[int], batch: int, heads: int, queries: int, cols: int,
     scale: float, causal: bool, log: bool, backward: bool, stream: int,

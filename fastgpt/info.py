@@ -120,6 +120,15 @@ def cuda() -> dict[str, Any]:
     return found
 
 
+def cuda_kernels() -> str | None:
+    """By what the kernels of the engine `cuda` are compiled, and when; None where the extension is not built."""
+    try:
+        way: str | None = importlib.import_module("fastgpt.ops.cuda").way()
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        return f"kernels unknown: {_reason(error)}"
+    return way
+
+
 def _load_ops() -> tuple[Any, str | None]:
     """The module fastgpt.ops.backend (None where it does not load), and what was wrong on the way.
 
@@ -207,6 +216,7 @@ def collect() -> dict[str, Any]:
         "isa": instruction_sets(),
         "threads": _threads(),
         "cuda": device,
+        "cuda_kernels": cuda_kernels(),
         "engines": engines(("cpu", "cuda") if device["device"] else ("cpu",)),
     }
 
@@ -226,6 +236,8 @@ def render(found: dict[str, Any]) -> str:
     lines.append(f"{'threads':12}{found['threads'] if found['threads'] is not None else 'torch does not load'}")
 
     lines.append(f"{'cuda':12}{_cuda_words(found['cuda'])}")
+    if found["cuda_kernels"] is not None:
+        lines.append(f"{'cuda':12}{found['cuda_kernels']}")
     lines.append(f"{'backend':12}{_backend_words(found['engines'])}")
     for engine, why in found["engines"]["unavailable"].items():
         lines.append(f"{'engine':12}{engine:12}{'available' if why is None else f'not available: {why}'}")

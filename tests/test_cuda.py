@@ -54,7 +54,9 @@ def test_the_switch_of_the_build(tmp_path):
     assert "FASTGPT_CUDA is 'yes', expected 0, 1 or auto" in wrong.stderr
     auto = run(str(SETUP), "--name", **nowhere)
     assert auto.returncode == 0, auto.stderr
-    assert "built without the CUDA kernels: no nvcc on the PATH" in auto.stderr
+    assert "NVRTC will compile the CUDA kernels at their first use: no nvcc on the PATH" in auto.stderr
+    never = run(str(SETUP), "--name", FASTGPT_CUDA="0")
+    assert "built without the CUDA kernels: FASTGPT_CUDA=0" in never.stderr
 
 
 def test_an_nvcc_that_does_not_work_is_left_alone_unless_it_is_required(tmp_path):

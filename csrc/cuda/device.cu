@@ -5,6 +5,12 @@
 
 namespace fastgpt::cuda {
 
+#ifdef __CUDACC__
+const char* compiler() { return "nvcc"; }
+#else
+const char* compiler() { return "nvrtc"; }
+#endif
+
 const char* why_no_device() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

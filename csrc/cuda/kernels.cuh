@@ -72,6 +72,9 @@ void attention_backward_sm90(Type type, const attention::Params& p, Stream strea
 // A few queries against many keys; the three types, head sizes 32, 64, 96, 128.
 void attention_decode(Type type, const attention::DecodeParams& d, Stream stream);
 
+// "nvcc" where the kernels were compiled with the package, "nvrtc" where each is compiled at its first use.
+const char* compiler();
+
 // Driver's and runtime's words on why there is no device, or null.
 const char* why_no_device();
 

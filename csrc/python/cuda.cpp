@@ -6,6 +6,7 @@
 
 #include "cuda/kernels.cuh"
 #include "python/cuda_attention.h"
+#include "python/cuda_compiler.h"
 
 namespace py = pybind11;
 using namespace fastgpt::cuda;
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "Why no device can be used, or None where one can.");
   bind_attention(m);
+  bind_compiler(m);
   m.def("softmax", &bind_softmax, py::arg("type"), py::arg("x"), py::arg("y_in"), py::arg("y"), py::arg("mask"),
         py::arg("mask_stride"), py::arg("batch"), py::arg("heads"), py::arg("queries"), py::arg("cols"),
         py::arg("scale"), py::arg("causal"), py::arg("log"), py::arg("backward"), py::arg("stream"));

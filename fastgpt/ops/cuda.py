@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.ops import cuda_nvrtc
 from fastgpt.ops.backend import NotCovered, implement
 from fastgpt.ops.bias_activation import KINDS
 from fastgpt.ops.dropout import threshold
@@ -35,7 +36,9 @@ def unavailable() -> str | None:
         kernels = importlib.import_module("fastgpt._cuda")
     except ImportError as error:
         built = f"the extension fastgpt._cuda does not load: {error}"
-        return f"{built} (it is built where nvcc is there at install time; FASTGPT_CUDA=1 says why it is not)"
+        return f"{built} (FASTGPT_CUDA=1 at install time says why it is not built)"
+    if kernels.compiler() == "nvrtc" and (reason := cuda_nvrtc.unavailable()) is not None:
+        return f"the package was installed without nvcc, and its kernels cannot be compiled now: {reason}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
@@ -43,8 +46,32 @@ def unavailable() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         return f"the device's compute capability is {capability}, needed is {MIN_CAPABILITY} or newer"
-    reason: str | None = kernels.why_no_device()
+    if kernels.compiler() == "nvrtc":
+        kernels.set_compiler(_compile)
+    reason = kernels.why_no_device()
     return reason
+
+
+def _compile(expression: str, major: int, minor: int) -> tuple[str, bytes]:
+    """What the module asks for at a kernel's first launch."""
+    return cuda_nvrtc.kernel(expression, cuda_nvrtc.architecture((major, minor)))
+
+
+def way() -> str | None:
+    """How the kernels come to be: by nvcc at install or by NVRTC at first use; None where the extension is not there.
+
+    >>> way() is None or way().startswith("kernels compiled by")
+    True
+    """
+    try:
+        compiler = importlib.import_module("fastgpt._cuda").compiler()
+    except ImportError:
+        return None
+    if compiler == "nvcc":
+        return "kernels compiled by nvcc with the package"
+    missing = cuda_nvrtc.unavailable()
+    how = f"NVRTC {cuda_nvrtc.version()}" if missing is None else f"NVRTC, which is missing: {missing}"
+    return f"kernels compiled by {how}, each at its first use"
 
 
 def held_back(op: str) -> str | None:
