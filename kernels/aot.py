@@ -36,8 +36,11 @@ from fastgpt.kernels import (
     attention_decode,
     attention_tiles,
     cross_entropy,
+    dropout,
     launch,
     layer_norm,
+    log_softmax,
+    rope,
     softmax,
     swiglu,
 )
@@ -166,13 +169,42 @@ def adamw_calls() -> Calls:
     yield "grad_norm", partial(adamw.grad_norm, g)
 
 
+def dropout_calls() -> Calls:
+    seed = meta(dtype=torch.int64)
+    for dtype, wide in ((HALF, None), (FULL, None), (HALF, HALF), (HALF, FULL), (FULL, FULL)):
+        x, residual = meta(8, 1024, 768, dtype=dtype), None if wide is None else meta(8, 1024, 768, dtype=wide)
+        yield (
+            f"{NAMES[dtype]}{'' if wide is None else ' to ' + NAMES[wide]}",
+            partial(dropout.dropout, x, residual, seed, 0.1),
+        )
+
+
+def log_softmax_calls() -> Calls:
+    for dtype, cols in itertools.product((HALF, FULL), (65, 1024, 16384, 50304)):
+        x = meta(8192, cols, dtype=dtype)
+        yield f"{NAMES[dtype]} {cols}", partial(log_softmax.log_softmax, x)
+        yield f"{NAMES[dtype]} {cols} backward", partial(log_softmax.log_softmax_backward, x, x)
+
+
+def rope_calls() -> Calls:
+    for dtype, (dim, pairs), interleaved, inverse in itertools.product(
+        (HALF, FULL), ((64, 32), (128, 64), (80, 16)), (False, True), (False, True)
+    ):
+        x, table = meta(8, 1024, 12, dim, dtype=dtype).transpose(1, 2), meta(1024, pairs, dtype=FULL)
+        what = f"{NAMES[dtype]} {dim}{' interleaved' * interleaved}{' inverse' * inverse}"
+        yield what, partial(rope.rope, x, table, table, interleaved, inverse)
+
+
 CALLS: dict[str, Callable[[], Calls]] = {
     "activation": activation_calls,
     "adamw": adamw_calls,
     "attention": attention_calls,
     "attention_options": attention_option_calls,
     "cross_entropy": cross_entropy_calls,
+    "dropout": dropout_calls,
     "layer_norm": layer_norm_calls,
+    "log_softmax": log_softmax_calls,
+    "rope": rope_calls,
     "softmax": softmax_calls,
     "swiglu": swiglu_calls,
 }

@@ -245,3 +245,29 @@ def _adamw(
     _whole(shadows, (torch.float16, torch.bfloat16))
     options = (weight_decays, lr, beta1, beta2, eps, grad_scale, step, shadows, zero_grads)
     _run("adamw", "adamw", (*state, *shadows), params, grads, exp_avgs, exp_avg_sqs, *options)
+
+
+@implement("log_softmax", "triton")
+def _log_softmax(x: Tensor) -> Tensor:
+    if x.shape[-1] == 0:
+        raise NotCovered("rows without columns")
+    return _run("log_softmax", "log_softmax", (x,), x)
+
+
+@implement("log_softmax_backward", "triton")
+def _log_softmax_backward(grad: Tensor, y: Tensor) -> Tensor:
+    if y.shape[-1] == 0:
+        raise NotCovered("rows without columns")
+    return _run("log_softmax", "log_softmax_backward", (grad, y), grad, y)
+
+
+@implement("dropout", "triton")
+def _dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
+    if p >= 1.0:
+        raise NotCovered("p = 1")
+    return _run("dropout", "dropout", (x, residual, seed), x, residual, seed, p)
+
+
+@implement("rope", "triton")
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    return _run("rope", "rope", (x, cos, sin), x, cos, sin, interleaved, inverse)
