@@ -1,4 +1,4 @@
-"""Other people's models before and after `fastgpt.accelerate`: a training step of Hugging Face's GPT-2 and of nanoGPT, and generate().
+"""Other people's models before and after `fastgpt.accelerate`: a step of nanoGPT and of transformers' families, and their generate().
 
 Both sides are copies of one model with the same weights, in one run, in turns. A step is forward, backward, clipping and torch's fused
 AdamW on both sides: only the model differs. "accelerate" is `fastgpt.accelerate(model)`, which still makes the logits; "accelerate,
@@ -30,12 +30,23 @@ SIZES: dict[str, list[Size]] = {
         ("nanogpt", 4, 4, 128, 65, 64, 12),
         ("nanogpt", 6, 6, 384, 65, 256, 16),
         ("nanogpt", 12, 12, 768, 50304, 256, 4),
-        ("generate", 12, 12, 768, 50257, 64, 1),
+        ("gpt_neox", 6, 6, 384, 8192, 256, 4),
+        ("llama", 6, 6, 384, 8192, 256, 4),
+        ("mistral", 6, 6, 384, 8192, 256, 4),
+        ("qwen2", 6, 6, 384, 8192, 256, 4),
+        ("generate gpt2", 12, 12, 768, 50257, 64, 1),
+        ("generate gpt2", 6, 6, 384, 8192, 64, 4),
+        ("generate gpt_neox", 6, 6, 384, 8192, 64, 1),
+        ("generate llama", 6, 6, 384, 8192, 64, 1),
+        ("generate mistral", 6, 6, 384, 8192, 64, 1),
+        ("generate qwen2", 6, 6, 384, 8192, 64, 1),
     ],
     "quick": [
         ("gpt2", 1, 2, 16, 65, 16, 2),
         ("nanogpt", 1, 2, 16, 65, 16, 2),
-        ("generate", 1, 2, 16, 65, 8, 1),
+        ("llama", 1, 2, 16, 65, 16, 2),
+        ("generate gpt2", 1, 2, 16, 65, 8, 1),
+        ("generate gpt_neox", 1, 2, 16, 65, 8, 1),
     ],
 }
 NEW_TOKENS = {True: 4, False: 64}  # quick or not
@@ -43,14 +54,27 @@ LARGE_WIDTH = 384
 
 
 def hugging_face(size: Size) -> Any:
-    """transformers' GPT-2 without dropout, random weights."""
+    """A model of transformers without dropout, random weights; Llama's kin with two query heads a key head."""
     transformers = pytest.importorskip("transformers")
-    _, layers, heads, width, vocabulary, time, _ = size
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary, n_positions=max(time + 64, 256), n_embd=width, n_layer=layers, n_head=heads,
-        resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0, bos_token_id=None, eos_token_id=None, loss_type="ForCausalLM",
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
+    whose, layers, heads, width, vocabulary, time, _ = size
+    family = whose.removeprefix("generate ")
+    values: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "loss_type": "ForCausalLM",
+    }
+    positions = max(time + 64, 256)
+    if family == "gpt2":
+        values |= {"n_positions": positions, "n_embd": width, "n_layer": layers, "n_head": heads}
+        values |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0)
+    else:
+        inner = 4 * width if family == "gpt_neox" else 8 * width // 3
+        values |= {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+        values |= {"num_attention_heads": heads, "max_position_embeddings": positions, "pad_token_id": 0}
+        if family != "gpt_neox":
+            values["num_key_value_heads"] = heads // 2
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **values))
 
 
 class Step:
@@ -97,7 +121,7 @@ def bench_dropin(compare: Compare, size: Size) -> None:
     whose, layers, heads, width, vocabulary, time, batch = size
     torch.manual_seed(0)
     idx, targets = torch.randint(vocabulary, (2, batch, time))
-    if whose == "generate":
+    if whose.startswith("generate"):
         _generate(compare, size, idx)
         return
     model = (
@@ -147,7 +171,7 @@ def _variant(name: str, step: Step, losses: dict[str, float]) -> Variant:
 
 def _generate(compare: Compare, size: Size, idx: Tensor) -> None:
     """Greedy generate() with a cache, the whole call."""
-    _, layers, _, width, _, time, batch = size
+    whose, layers, _, width, _, time, batch = size
     model = hugging_face(size).eval()
     new = NEW_TOKENS[compare.quick]
     options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
@@ -169,7 +193,7 @@ def _generate(compare: Compare, size: Size, idx: Tensor) -> None:
 
     compare(
         "generate",
-        label=f"gpt2, {layers} layers, {width} wide, prompt {time}, {new} new:",
+        label=f"{whose.removeprefix('generate ')}, {layers} layers, {width} wide, prompt {time}, B {batch}, {new} new:",
         shape=size[1:],
         dtype="fp32",
         tokens=new * batch,
