@@ -3,9 +3,10 @@
     from fastgpt.functional import scaled_dot_product_attention   # in the place of torch.nn.functional's
     from fastgpt.functional import flash_attn_func                # in the place of flash_attn's
 
-What the op does not do (masks, dropout on the probabilities, windows, ALiBi) goes to torch's scaled_dot_product_attention, and says so
-once a process through the logger "fastgpt". Signatures: pytorch.org, torch.nn.functional; github.com/Dao-AILab/flash-attention,
-flash_attn_interface.py.
+What the op does not do (masks, ALiBi; dropout on the probabilities in torch's function; windows on the CPU, where it has no kernel for
+them) goes to torch's scaled_dot_product_attention, and says so once a process through the logger "fastgpt".
+
+Signatures: pytorch.org, torch.nn.functional; github.com/Dao-AILab/flash-attention, flash_attn_interface.py.
 """
 
 import functools
@@ -116,12 +117,17 @@ def _visible(
     return seen
 
 
-def _check_flash(name: str, softcap: float, probabilities: bool, **tensors: Tensor) -> None:
+def _op_is_better(x: Tensor, window_size: tuple[int, int], softcap: float, alibi_slopes: Tensor | None) -> bool:
+    """Whether `ops.attention` computes a call: it has no ALiBi, torch no soft cap, and on the CPU a window has no kernel in the op."""
+    return alibi_slopes is None and (bool(softcap) or max(window_size) < 0 or x.device.type != "cpu")
+
+
+def _check_flash(name: str, softcap: float, slopes: Tensor | None, probabilities: bool, **tensors: Tensor) -> None:
     for argument, x in tensors.items():
         if x.dim() != 4:
             raise ValueError(f"{name}: {argument} has shape {tuple(x.shape)}, expected (B, T, H, D)")
-    if softcap:
-        raise NotImplementedError(f"{name}: softcap is {softcap}, expected 0")
+    if softcap and slopes is not None:
+        raise NotImplementedError(f"{name}: softcap is {softcap} with alibi_slopes, expected one of them")
     if probabilities:
         raise NotImplementedError(f"{name}: the probabilities and their logarithms are not returned")
 
@@ -146,25 +152,30 @@ def flash_attn_func(
         k, v: (B, Tk, H_kv, D); H is a multiple of H_kv.
         softmax_scale: 1 / sqrt(D) where None.
         causal: query i sees keys j <= i + Tk - Tq (aligned to the bottom right).
-        dropout_p, window_size, alibi_slopes: as in flash-attn, computed by torch.
+        dropout_p: of the probabilities, by the op's own mask (`ops.attention`).
+        window_size, softcap: as in flash-attn; windows on the CPU are computed by torch.
+        alibi_slopes: as in flash-attn, computed by torch.
         deterministic: without effect, the op always is.
 
     Returns:
         (B, Tq, H, D); rows that see no key are 0.
 
     Raises:
-        ValueError: shapes that do not fit. NotImplementedError: softcap, return_attn_probs.
+        ValueError: shapes that do not fit. NotImplementedError: softcap with alibi_slopes, return_attn_probs.
 
     Example:
         >>> q = torch.randn(2, 8, 4, 16)
         >>> flash_attn_func(q, q[:, :, :2], q[:, :, :2], causal=True).shape
         torch.Size([2, 8, 4, 16])
     """
-    _check_flash("flash_attn_func", softcap, return_attn_probs, q=q, k=k, v=v)
+    _check_flash("flash_attn_func", softcap, alibi_slopes, return_attn_probs, q=q, k=k, v=v)
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    if not dropout_p and alibi_slopes is None and max(window_size) < 0:
-        return ops.attention(query, key, value, is_causal=causal, scale=softmax_scale).transpose(1, 2)
-    _log_once("dropout on the probabilities, a window or ALiBi")
+    if _op_is_better(q, window_size, softcap, alibi_slopes):
+        out = ops.attention(
+            query, key, value, is_causal=causal, scale=softmax_scale, dropout_p=dropout_p, window=window_size, softcap=softcap
+        )  # fmt: skip
+        return out.transpose(1, 2)
+    _log_once("a window or ALiBi")
     query_len, key_len = q.shape[1], k.shape[1]
     seen = _visible(query_len, key_len, causal, window_size, q.device)
     if seen is None and causal:
@@ -237,11 +248,12 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, H, D); k, v: (total_k, H_kv, D).
         cu_seqlens_q, cu_seqlens_k: (B + 1) int32 or int64; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
-        max_seqlen_q, max_seqlen_k: not needed here.
+        max_seqlen_q, max_seqlen_k: the longest sequences; queries beyond are not computed on a GPU.
         The rest is as in `flash_attn_func`.
 
     Returns:
-        (total_q, H, D). One call of the op a sequence.
+        (total_q, H, D). One call of the op; with ALiBi, or a window or soft cap on the CPU, one a sequence. On a GPU the values of
+        cu_seqlens are not looked at.
 
     Raises:
         ValueError: shapes that do not fit. NotImplementedError: block_table, and as `flash_attn_func`.
@@ -257,6 +269,23 @@ def flash_attn_varlen_func(
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.numel() < 1:
         got = f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
         raise ValueError(f"{name}: cu_seqlens_q and cu_seqlens_k have shapes {got}, expected (B + 1) both")
+    plain = max(window_size) < 0 and not softcap
+    packed = alibi_slopes is None and (plain or q.device.type != "cpu") and not return_attn_probs
+    if packed and q.device.type != "cpu" and q.dim() == k.dim() == v.dim() == 3:
+        return _packed(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+        )
     sizes = []
     for argument, x, cu in (("q", q, cu_seqlens_q), ("k", k, cu_seqlens_k), ("v", v, cu_seqlens_k)):
         if x.dim() != 3:
@@ -266,6 +295,21 @@ def flash_attn_varlen_func(
         if ends[0] != 0 or ends[-1] != x.shape[0] or min(lengths, default=0) < 0:
             raise ValueError(f"{name}: cu_seqlens of {argument} is {ends}, expected to rise from 0 to {x.shape[0]}")
         sizes.append(lengths)
+    if packed and not dropout_p:
+        return _packed(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            0.0,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+        )
     parts = zip(q.split(sizes[0]), k.split(sizes[1]), v.split(sizes[2]), strict=True)
     outs = []
     for b, (qs, ks, vs) in enumerate(parts):
@@ -276,6 +320,19 @@ def flash_attn_varlen_func(
         )  # fmt: skip
         outs.append(out[0])
     return torch.cat(outs) if outs else torch.empty_like(q)
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest_q: int, longest_k: int, dropout_p: float,
+    scale: float | None, causal: bool, window: tuple[int, int], softcap: float,
+) -> Tensor:  # fmt: skip
+    """All sequences, (total, H, D), in one call of the op."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, total, D)
+    out = ops.attention(
+        query, key, value, is_causal=causal, scale=scale, dropout_p=dropout_p, window=window, softcap=softcap,
+        cu_seqlens=(cu_seqlens_q, cu_seqlens_k), max_seqlens=(longest_q, longest_k),
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
 
 
 def flash_attn_with_kvcache(
@@ -316,7 +373,8 @@ def flash_attn_with_kvcache(
         (B, Tq, H, D).
 
     Raises:
-        ValueError: shapes that do not fit, or more positions than the cache has. NotImplementedError: block_table, softcap,
+        ValueError: shapes that do not fit, or more positions than the cache has (on a GPU this is not looked at where no rotary tables
+        are given, so that a CUDA graph can hold the call). NotImplementedError: block_table, softcap with alibi_slopes,
         return_softmax_lse.
 
     Example:
@@ -326,7 +384,7 @@ def flash_attn_with_kvcache(
         torch.Size([1, 3, 4, 16])
     """
     name = "flash_attn_with_kvcache"
-    _check_flash(name, softcap, return_softmax_lse, q=q, k_cache=k_cache, v_cache=v_cache)
+    _check_flash(name, softcap, alibi_slopes, return_softmax_lse, q=q, k_cache=k_cache, v_cache=v_cache)
     if block_table is not None:
         raise NotImplementedError(f"{name}: block_table (a paged cache) is not supported")
     if (k is None) != (v is None):
@@ -334,6 +392,10 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None and (k is None or rotary_sin is None):
         raise ValueError(f"{name}: rotary_cos needs rotary_sin, k and v")
     B = q.shape[0]
+    if q.device.type != "cpu" and rotary_cos is None and alibi_slopes is None:
+        return _step_over_cache(
+            q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, softmax_scale, causal, window_size, softcap
+        )  # fmt: skip
     rows = list(range(B)) if cache_batch_idx is None else cache_batch_idx.tolist()
     longest = k_cache.shape[1]
     if cache_seqlens is None:
@@ -362,9 +424,39 @@ def flash_attn_with_kvcache(
             slopes = alibi_slopes[b : b + 1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
             keys, values = k_cache[row : row + 1, start:end], v_cache[row : row + 1, start:end]
             outs.append(
-                flash_attn_func(query, keys, values, 0.0, softmax_scale, causal, window_size, alibi_slopes=slopes)
+                flash_attn_func(
+                    query, keys, values, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes=slopes
+                )
             )
     return torch.cat(outs)
+
+
+@torch.no_grad()
+def _step_over_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, scale: float | None, causal: bool, window: tuple[int, int],
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """`flash_attn_with_kvcache` without a look at any value: two indexed copies and one call of `ops.attention_decode`."""
+    ends = cache_seqlens
+    if isinstance(ends, int):
+        ends = torch.full((q.shape[0],), ends, dtype=torch.int32, device=q.device)
+    if k is not None and v is not None:
+        if ends is None:
+            raise ValueError(
+                "flash_attn_with_kvcache: k and v are given without cache_seqlens; the cache has no room for them"
+            )
+        rows = torch.arange(q.shape[0], device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
+        at = ends.long()[:, None] + torch.arange(k.shape[1], device=q.device)
+        k_cache.index_put_((rows[:, None], at), k.to(k_cache.dtype))
+        v_cache.index_put_((rows[:, None], at), v.to(v_cache.dtype))
+        ends = ends + k.shape[1]
+    query, key, value = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
+    out = ops.attention_decode(
+        query, key, value, rows=cache_batch_idx, starts=cache_leftpad, ends=ends, is_causal=causal, scale=scale, window=window,
+        softcap=softcap,
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, start: int, interleaved: bool, spread: bool) -> Tensor:

@@ -153,7 +153,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tu
         block_m = max(16, triton.next_power_of_2(longest))
         warps = min(warps, 4)
     flags = options.flags(k.shape[2])
-    block_m, block_n, warps = tile_for((block_m, block_n, warps), flags[3])
+    block_m, block_n, warps = tile_for((block_m, block_n, warps), flags[3], 64)
     blocks = max(triton.cdiv(longest, block_m), 1)
     attention_fwd_kernel[(blocks * sequences * heads,)](
         q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], heads, heads // k.shape[1], blocks,

@@ -37,6 +37,10 @@ __all__ = ["attention_backward"]
 
 # (BLOCK_M, BLOCK_N, warps) by the padded head size: dK and dV, then dQ; aot.py shows no spill with them
 TILES_KV = {16: (64, 64, 4), 32: (64, 128, 8), 64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)}
+TILES_KV_MORE = TILES_KV | {
+    32: (64, 64, 8),
+    64: (64, 64, 8),
+}  # with a window or a soft cap, whose values need registers, too
 TILES_Q = {16: (128, 64, 4), 32: (64, 64, 4), 64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)}
 TILES_Q_SM100 = TILES_Q | {128: (64, 32, 8)}
 TILES_KV_FP32 = {16: (32, 64, 4), 32: (32, 64, 4), 64: (32, 32, 4), 128: (16, 16, 8), 256: (16, 16, 8)}
@@ -260,14 +264,15 @@ def attention_backward(
     limit = NO_LIMIT if exact or flags[3] else {}
     rest = (options.scale, *options.values(), *flags, dim == width)
     types = (operand(q), dot_precision(q))
-    block_m, block_n, warps = tile_for((TILES_KV_FP32 if exact else TILES_KV)[width], flags[3])
+    halves = TILES_KV_MORE if flags[0] or flags[2] else TILES_KV
+    block_m, block_n, warps = tile_for((TILES_KV_FP32 if exact else halves)[width], flags[3], 32)
     blocks = max(triton.cdiv(longest_keys, block_n), 1)
     attention_bwd_kv_kernel[(blocks * sequences * kv_heads,)](
         q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
         block_m, block_n, width, *types, num_warps=warps, num_stages=2, **limit,
     )  # fmt: skip
     tiles = TILES_Q_FP32 if exact else TILES_Q if architecture(q) < 100 else TILES_Q_SM100
-    block_m, block_n, warps = tile_for(tiles[width], flags[3])
+    block_m, block_n, warps = tile_for(tiles[width], flags[3], 32)
     blocks = max(triton.cdiv(longest, block_m), 1)
     attention_bwd_q_kernel[(blocks * sequences * heads,)](
         q, k, v, g, lse, delta, dq, *strides, *dq.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,

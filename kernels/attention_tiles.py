@@ -204,21 +204,11 @@ def block_d(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def tile_for(tile: tuple[int, int, int], dropout: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, warps) with room for Philox's registers beside the scores: at most 16 elements a thread where four share a
-    call, 8 where each has its own. aot.py shows spills with more."""
-    block_m, block_n, warps = tile
-    if dropout == NONE.value:
-        return tile
-    most = 16 if dropout == ALIGNED.value else 8
-    while block_m * block_n > most * 32 * warps:
-        if warps < 8:
-            warps *= 2
-        elif block_m >= block_n:
-            block_m //= 2
-        else:
-            block_n //= 2
-    return block_m, block_n, warps
+def tile_for(tile: tuple[int, int, int], dropout: int, most: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps), with dropout cut to most x 32 and 8 warps so that Philox's registers find room beside the scores: more
+    spills (aot.py), in the backward already with 64 x 32."""
+    block_m, block_n, _ = tile
+    return tile if dropout == NONE.value else (min(block_m, most), min(block_n, 32), 8)
 
 
 def stages(x: Tensor) -> int:

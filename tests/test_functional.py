@@ -70,7 +70,7 @@ def test_wrong_shapes_raise_torchs_errors() -> None:
         assert str(ours.value) == str(theirs.value)
 
 
-def flash(q, k, v, *, scale=None, causal=False, window=(-1, -1), slopes=None):
+def flash(q, k, v, *, scale=None, causal=False, window=(-1, -1), slopes=None, softcap=0.0):
     """flash-attn's definition (its tests' attention_ref) in float64, one query, one head at a time."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     Tq, Tk, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
@@ -88,6 +88,8 @@ def flash(q, k, v, *, scale=None, causal=False, window=(-1, -1), slopes=None):
                 if not seen:
                     continue
                 scores = k[b, seen, h // group].double() @ q[b, i, h].double() * (scale or q.shape[-1] ** -0.5)
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
                 if slopes is not None:
                     slope = slopes[b, h] if slopes.dim() == 2 else slopes[h]
                     scores = scores - slope * (torch.tensor(seen) - at).abs()
@@ -105,6 +107,8 @@ def flash(q, k, v, *, scale=None, causal=False, window=(-1, -1), slopes=None):
         {"window": (-1, 2)},
         {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.7]), "causal": True},
         {"slopes": torch.rand(2, 4)},
+        {"causal": True, "softcap": 1.5},
+        {"window": (2, 1), "softcap": 1.5},
     ],
 )
 @pytest.mark.parametrize("lengths", [(7, 7), (3, 8), (8, 5)])
@@ -117,6 +121,7 @@ def test_flash_attn_func(lengths: tuple[int, int], options: dict) -> None:
         softmax_scale=options.get("scale"),
         causal=options.get("causal", False),
         window_size=options.get("window", (-1, -1)),
+        softcap=options.get("softcap", 0.0),
         alibi_slopes=options.get("slopes"),
     )
     torch.testing.assert_close(got.double(), flash(q, k, v, **options), rtol=1e-5, atol=1e-6)
@@ -171,6 +176,34 @@ def test_with_kvcache(causal: bool) -> None:
     assert torch.equal(v_cache, values)
 
 
+@pytest.mark.parametrize("new", [0, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_step_over_the_cache_looks_at_no_value(causal: bool, new: int) -> None:
+    """The way taken on a GPU, against the one sequence at a time of the CPU."""
+    q, cache = random(2, 3, 4, 8), (random(4, 16, 2, 8, seed=3), random(4, 16, 2, 8, seed=4))
+    k, v = (random(2, new, 2, 8, seed=seed) if new else None for seed in (1, 2))
+    rows, lengths, starts = torch.tensor([2, 0]), torch.tensor([5, 9]), torch.tensor([0, 2])
+    mine, theirs = [x.clone() for x in cache], [x.clone() for x in cache]
+    rest = (causal, (4, -1), 1.5)
+    got = functional._step_over_cache(q, *mine, k, v, lengths, rows, starts, None, *rest)
+    want = functional.flash_attn_with_kvcache(
+        q, *theirs, k, v, None, None, lengths, rows, starts, None, None, causal, (4, -1), 1.5
+    )
+    torch.testing.assert_close(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert torch.equal(mine[0], cache[0]) == (new == 0)
+
+
+def test_packed_sequences_in_one_call_are_those_of_one_call_each() -> None:
+    flat, cu = random(12, 3, 4, 8), torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    for window, softcap in (((-1, -1), 0.0), ((2, 0), 1.5)):
+        want = functional.flash_attn_varlen_func(
+            *flat.unbind(1), cu, cu, 7, 7, 0.0, None, True, window, softcap, None, False, False
+        )
+        got = functional._packed(*flat.unbind(1), cu, cu, 7, 7, 0.0, None, True, window, softcap)
+        torch.testing.assert_close(got, want)
+
+
 def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
     """x (1, 1, H, 8) with the pairs (2i, 2i + 1) turned as complex numbers."""
     angles = position * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
@@ -182,8 +215,8 @@ def test_errors_name_the_argument() -> None:
     q = random(1, 3, 2, 8)
     with pytest.raises(ValueError, match=r"flash_attn_func: k has shape \(3, 2, 8\), expected \(B, T, H, D\)"):
         functional.flash_attn_func(q, q[0], q)
-    with pytest.raises(NotImplementedError, match=r"softcap is 30.0"):
-        functional.flash_attn_func(q, q, q, softcap=30.0)
+    with pytest.raises(NotImplementedError, match=r"softcap is 30.0 with alibi_slopes"):
+        functional.flash_attn_func(q, q, q, softcap=30.0, alibi_slopes=torch.ones(2))
     with pytest.raises(ValueError, match="qkv has shape"):
         functional.flash_attn_qkvpacked_func(q)
     cu = torch.tensor([0, 2])
