@@ -131,3 +131,27 @@ def test_the_parts_cover_the_keys_and_fill_the_device(keys: int, blocks: int) ->
     assert splits == 1 or part >= 256
     assert part <= 256 or splits * blocks <= 2 * 4 * 132 + blocks
     assert part == 256 or splits * blocks >= 132 or keys <= part  # as many parts as there is work for
+
+
+def sanitized(emulator: Emulator, sanitizer: str, bug: str | None = None) -> None:
+    """Three rows of a key head against 200 keys in two parts, with the tensors themselves in the place of addresses."""
+    q, k, v = (
+        random(1, heads, time, 64, dtype=torch.bfloat16, seed=heads) for heads, time in ((3, 1), (1, 200), (1, 200))
+    )
+    out, lse = torch.zeros_like(q), torch.zeros(1, 3, 1)
+    part, part_lse = torch.zeros(2, 3, 64), torch.zeros(2, 3)
+    places = [value for x in (q, k, v, out) for value in (x, *x.stride()[:3])]
+    arguments = (1, *places, lse, 1, 3, 1, 1, 200, 64, 0.2, 1, 2, 128, part, part_lse)
+    emulator.sanitized(sanitizer, "attention_decode", *arguments, bug=bug)
+    exact, _ = reference.attention(q.double(), k.double(), v.double(), True, 0.2)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_no_sanitizer_reports(emulator: Emulator, sanitizer: str) -> None:
+    sanitized(emulator, sanitizer)
+
+
+def test_thread_sanitizer_finds_a_missing_barrier(emulator: Emulator) -> None:
+    with pytest.raises(EmulationError, match="data race"):
+        sanitized(emulator, "thread", bug="warps not waited for")
