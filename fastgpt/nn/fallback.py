@@ -16,8 +16,8 @@ import torch
 SMALLEST = {
     "pointwise": 16384,  # swiglu of 8 x 2048 1.3 times as slow as torch's two operations, tanh 1.8 times as fast
     "layer": 65536,  # an attention or encoder layer of 4096 0.65 to 0.87 times as fast, of 262144 0.99 to 1.4 times
-    # A linear layer's weight: read from memory 256 x 768 is 1.3 times as fast, but a Llama of 4 layers, 256 wide, whose weights stay in the
-    # caches, generated 0.87 times as fast with a limit of 131072.
+    # A linear layer's weight: read from memory 256 x 768 is 1.3 times as fast, but a Llama of 4 layers, 256 wide, whose weights stay in
+    # the caches, generated 0.87 times as fast with a limit of 131072.
     "weight": 524288,
     "cache": 262144,  # the keys that one query reads: 25600 half as fast, 786432 1.1 times as fast
 }
