@@ -43,7 +43,12 @@ MODULES: dict[str, tuple[list[str], str, str]] = {
 }
 
 
-CUDA_BINDINGS = ["csrc/python/cuda.cpp", "csrc/python/cuda_attention.cpp", "csrc/python/cuda_compiler.cpp"]
+CUDA_BINDINGS = [
+    "csrc/python/cuda.cpp",
+    "csrc/python/cuda_attention.cpp",
+    "csrc/python/cuda_compiler.cpp",
+    "csrc/python/cuda_memory.cpp",
+]
 # Without nvcc: the same launchers for the C++ compiler, kernels without bodies that NVRTC compiles at their first use. A kernel is
 # found by its symbol, so symbols are kept visible and empty functions apart.
 NVRTC_FLAGS = "-DFASTGPT_NVRTC -fvisibility=default -fno-ipa-icf -Wno-unused-parameter"

@@ -70,3 +70,39 @@ def test_decode_refuses_parts_that_leave_keys_out() -> None:
         _cuda.attention_decode(1, *TENSORS, (1, 1, 1, 1, 100, 64), 1.0, True, 2, 49, 16, 16, 0)
     with pytest.raises(RuntimeError, match=r"attention_decode|a kernel"):
         _cuda.attention_decode(0, *TENSORS, (1, 1, 1, 1, 100, 64), 1.0, True, 2, 50, 16, 16, 0)
+
+
+ADDRESS = 256
+MEMORY_BOUND = {
+    "norm": (0, 0, 0, ADDRESS, 0, 0, 0, 0, *[ADDRESS] * 3, 1, 8, 1e-5),
+    "norm_backward": (0, 0, *[ADDRESS] * 7, 0, 0, 0, 0, 1, 1, 8),
+    "count_targets": (ADDRESS, ADDRESS, 3, -100),
+    "cross_entropy": (0, *[ADDRESS] * 3, 0, ADDRESS, 0, 0, 1, 8, -100, 0.0, 0.0),
+    "cross_entropy_backward": (0, *[ADDRESS] * 3, False, ADDRESS, 0, ADDRESS, 1, 8, -100, 0.0, 0.0),
+    "scale_rows": (0, ADDRESS, ADDRESS, False, 1, 8),
+    "bias_activation": (3, 0, 0, *[ADDRESS] * 3, 1, 1, 8),
+    "bias_activation_backward": (3, 0, 0, *[ADDRESS] * 6, 1, 1, 8),
+    "grad_norm": (0, ADDRESS, ADDRESS, 1, 1, *[ADDRESS] * 3),
+    "adamw": (1, ADDRESS, ADDRESS, 1, 1, *[ADDRESS] * 4, 0, ADDRESS, 0.9, 0.9, 1e-8, 1.0, 0.1, 1.0, True),
+    "embedding": (0, *[ADDRESS] * 3, 1, 4, 4),
+    "embedding_backward": (0, 0, *[ADDRESS] * 4, 1, 4, 4, -1, False),
+    "rope": (0, *[ADDRESS] * 4, *[8] * 6, 1, 1, 1, 8, 4, False, False),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY_BOUND)
+def test_memory_bound_launchers_get_as_far_as_the_launch(name: str) -> None:
+    from fastgpt import _cuda
+
+    with pytest.raises(RuntimeError, match=r"driver|device|kernel"):
+        getattr(_cuda, name)(*MEMORY_BOUND[name], 0)
+
+
+def test_types_that_no_kernel_has_are_refused() -> None:
+    from fastgpt import _cuda
+
+    half_params = (0, 0, 2, *MEMORY_BOUND["norm"][3:])
+    with pytest.raises(ValueError, match="parameters have the rows' type or float32"):
+        _cuda.norm(*half_params, 0)
+    with pytest.raises(ValueError, match="shadows are bfloat16 or float16"):
+        _cuda.adamw(0, *MEMORY_BOUND["adamw"][1:], 0)

@@ -23,6 +23,16 @@ void with_type(Type type, const F& f) {
   throw std::invalid_argument("type: expected 0 (float32), 1 (bfloat16) or 2 (float16)");
 }
 
+// Calls f(T{}, P{}) for parameters of the rows' type or of float32.
+template <class F>
+void with_param_type(Type type, Type param_type, const F& f) {
+  with_type(type, [&](auto t) {
+    if (param_type == type) return f(t, t);
+    if (param_type == Type::kFloat32) return f(t, float{});
+    throw std::invalid_argument("parameters have the rows' type or float32");
+  });
+}
+
 // Whether rows of `bytes` bytes from all these addresses on can be read 16 bytes at a time.
 inline bool aligned(std::initializer_list<const void*> pointers, int64_t bytes) {
   return bytes % 16 == 0 && std::all_of(pointers.begin(), pointers.end(),

@@ -39,6 +39,34 @@ __device__ __forceinline__ float reduce(float x) {
   return x;
 }
 
+struct Pair {
+  float x, y;
+};
+
+// Two sums at once, for the price of one's barriers.
+template <int kThreads>
+__device__ __forceinline__ Pair reduce_pair(Pair x) {
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) {
+    x.x += __shfl_xor_sync(0xffffffffu, x.x, bits);
+    x.y += __shfl_xor_sync(0xffffffffu, x.y, bits);
+  }
+  if constexpr (kThreads > 32) {
+    __shared__ Pair pair_partial[32];
+    const int lane = threadIdx.x % 32, pairs = blockDim.x / 32;
+    __syncthreads();  // the last pair has been read
+    if (lane == 0) pair_partial[threadIdx.x / 32] = x;
+    __syncthreads();  // every pair is there
+    x = lane < pairs ? pair_partial[lane] : Pair{0.0f, 0.0f};
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) {
+      x.x += __shfl_xor_sync(0xffffffffu, x.x, bits);
+      x.y += __shfl_xor_sync(0xffffffffu, x.y, bits);
+    }
+  }
+  return x;
+}
+
 // A row of at most kCapacity columns in registers.
 template <class T, int kThreads, int kVectors>
 struct Row {
@@ -92,7 +120,7 @@ struct Row {
     }
   }
 
- private:
+  // The first column of the thread's vector v.
   static __device__ __forceinline__ int first(int v) {
     return (v * kThreads + static_cast<int>(threadIdx.x % kThreads)) * kElements;
   }

@@ -11,6 +11,8 @@
 namespace py = pybind11;
 using namespace fastgpt::cuda;
 
+void bind_memory_bound(py::module_& m);  // cuda_memory.cpp
+
 namespace {
 
 using Address = std::uintptr_t;
@@ -41,6 +43,7 @@ void bind_softmax(int type, Address x, Address y_in, Address y, Address mask, co
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  bind_memory_bound(m);
   m.doc() = "CUDA kernels on device addresses. For fastgpt.ops, which checks shapes and dtypes first.";
   m.def(
       "why_no_device",

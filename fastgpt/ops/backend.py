@@ -280,7 +280,8 @@ def _autocast(op: torch._ops.OpOverload, key: str, *args: Any) -> Any:
 
 def start() -> None:
     """Apply FASTGPT_BACKEND; called once when fastgpt.ops has registered its ops."""
-    importlib.import_module("fastgpt.ops.cuda")  # registers the engine; the kernels are loaded at its first use
-    importlib.import_module("fastgpt.ops.cuda_attention")
+    engine = ("cuda", "cuda_norm", "cuda_cross_entropy", "cuda_bias_activation", "cuda_adamw", "cuda_embedding")
+    for module in (*engine, "cuda_attention"):  # registers the engine; the kernels are loaded at its first use
+        importlib.import_module(f"fastgpt.ops.{module}")
     importlib.import_module("fastgpt.ops.triton")  # registers the engine; triton itself is imported at its first use
     set_backend(os.environ.get("FASTGPT_BACKEND"))

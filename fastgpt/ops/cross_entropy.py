@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgpt.ops import reference
-from fastgpt.ops.backend import NotCovered, below_autograd, define
+from fastgpt.ops.backend import NotCovered, below_autograd, define, engine_of
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -119,11 +119,18 @@ class _InplaceRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (dlogits,) = ctx.saved_tensors  # raises in a second backward: the version is another by then
-        if not bool((grad == 1.0).all()):
-            dlogits.mul_(grad if grad.dim() == 0 else grad[:, None])
-        else:
-            torch.autograd.graph.increment_version(dlogits)
+        _cross_entropy_inplace_backward(dlogits, grad)
+        torch.autograd.graph.increment_version(dlogits)
         return dlogits, None, None, None, None, None
+
+
+def _scale(dlogits: Tensor, grad: Tensor) -> None:
+    dlogits.mul_(grad if grad.dim() == 0 else grad[:, None])
+
+
+def _cpu_scale(dlogits: Tensor, grad: Tensor) -> None:
+    if not bool((grad == 1.0).all()):
+        _scale(dlogits, grad)
 
 
 _cross_entropy = define(
@@ -147,6 +154,12 @@ _cross_entropy_inplace = define(
     fake=lambda *args: _fake(*args)[0],
     reference=reference.cross_entropy_inplace,
     cpu=_cpu_inplace,
+)
+_cross_entropy_inplace_backward = define(
+    "cross_entropy_inplace_backward(Tensor(a!) dlogits, Tensor grad) -> ()",
+    fake=lambda dlogits, grad: None,
+    reference=_scale,
+    cpu=_cpu_scale,
 )
 
 
@@ -172,7 +185,7 @@ def cross_entropy(
         inplace_backward: where a gradient will be asked for, the call itself replaces contiguous logits by their gradient, in the
             same pass as the loss, and no second matrix is made. The logits cannot be read afterwards; an op that kept them for its own
             backward, and a second backward, raise. A loss that is scaled later rounds half-type gradients once more. Without effect
-            under torch.compile, on the GPU and without gradients.
+            under torch.compile, without gradients, and on devices where no engine has a kernel for it.
 
     Returns:
         A scalar, or (N) for "none"; float32 for half-type logits (torch rounds the loss to the logits' dtype).
@@ -222,4 +235,7 @@ def _loss(
 
 
 def _may_replace(logits: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and logits.device.type == "cpu" and logits.is_contiguous()
+    if torch.compiler.is_compiling() or not logits.is_contiguous():
+        return False
+    device = logits.device.type
+    return device == "cpu" or engine_of("cross_entropy_inplace", device)[0] == device

@@ -89,10 +89,11 @@ def _code(x: Tensor) -> int:
 
 
 def _launch(name: str, device: torch.device, *args: Any) -> None:
-    """Call a launcher on the device's current stream."""
+    """Call a launcher on the device's current stream; tensors and None among the arguments go as addresses."""
     launcher = getattr(importlib.import_module("fastgpt._cuda"), name)
+    addresses = (x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in args)
     with torch.cuda.device(device):  # a kernel is launched on the current device
-        launcher(*args, torch.cuda.current_stream(device).cuda_stream)
+        launcher(*addresses, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _check(*tensors: Tensor | None) -> None:

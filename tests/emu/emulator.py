@@ -27,12 +27,12 @@ class _Value(ctypes.Union):
 def _bytes(x: torch.Tensor) -> bytes:
     if not x.is_contiguous():
         raise ValueError("x: expected a contiguous tensor")
-    return bytes(x.view(torch.uint8).reshape(-1).numpy()) if x.numel() else b""
+    return bytes(x.reshape(-1).view(torch.uint8).numpy()) if x.numel() else b""
 
 
 def _write_back(x: torch.Tensor, data: bytes) -> None:
     if data:
-        x.view(torch.uint8).reshape(-1).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        x.reshape(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
 
 class Emulator:
@@ -65,12 +65,16 @@ class Emulator:
         """Run a binding; every tensor lies in memory of its own between guard pages, and is written back."""
         values = (_Value * len(arguments))()
         memory: list[tuple[torch.Tensor, int, int]] = []
+        placed: dict[int, int] = {}
         for value, argument in zip(values, arguments, strict=True):
-            if isinstance(argument, torch.Tensor):
+            if id(argument) in placed:  # the same tensor again: what is read there is overwritten
+                value.pointer = placed[id(argument)]
+            elif isinstance(argument, torch.Tensor):
                 data = _bytes(argument)
                 value.pointer = self._library.emu_allocate(len(data))
                 ctypes.memmove(value.pointer, data, len(data))
                 memory.append((argument, value.pointer, len(data)))
+                placed[id(argument)] = value.pointer
             elif isinstance(argument, float):
                 value.number = argument
             elif argument is None:

@@ -19,7 +19,7 @@ BUGS = [
     Bug("causal off by one", "softmax.cuh", "column < visible", "column <= visible", expression=True),
     Bug("no scale", "softmax.cuh", "x *= scale;", ";"),
     Bug("mask of another head", "softmax.cuh", "row / a.queries % a.heads", "row / a.queries % 1", expression=True),
-    Bug("rows past the last", "softmax_launch.cuh", "(rows + 3) / 4", "rows / 4", expression=True),
+    Bug("rows past the last", "row_launch.cuh", "(rows + 3) / 4", "rows / 4", expression=True),
 ]  # fmt: skip
 
 
