@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgpt.ops import reference
-from fastgpt.ops.backend import NotCovered, below_autograd, define, engine_of
+from fastgpt.ops.backend import NotCovered, below_autograd, define, engine_of, implement
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -161,6 +161,7 @@ _cross_entropy_inplace_backward = define(
     reference=_scale,
     cpu=_cpu_scale,
 )
+implement("cross_entropy_inplace_backward", "triton")(_scale)
 
 
 def cross_entropy(
