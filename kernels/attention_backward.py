@@ -39,7 +39,7 @@ __all__ = ["attention_backward"]
 TILES_KV = {16: (64, 64, 4), 32: (64, 128, 8), 64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)}
 TILES_KV_MORE = TILES_KV | {
     32: (64, 64, 8),
-    64: (64, 64, 8),
+    64: (32, 64, 8),
 }  # with a window or a soft cap, whose values need registers, too
 TILES_Q = {16: (128, 64, 4), 32: (64, 64, 4), 64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)}
 TILES_Q_SM100 = TILES_Q | {128: (64, 32, 8)}
@@ -261,10 +261,10 @@ def attention_backward(
     )
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3])
     flags = options.flags(keys)
-    limit = NO_LIMIT if exact or flags[3] else {}
+    limit = NO_LIMIT if exact or flags[2] or flags[3] else {}
     rest = (options.scale, *options.values(), *flags, dim == width)
     types = (operand(q), dot_precision(q))
-    halves = TILES_KV_MORE if flags[0] or flags[2] else TILES_KV
+    halves = TILES_KV_MORE if flags[0] or flags[2] or flags[4] else TILES_KV
     block_m, block_n, warps = tile_for((TILES_KV_FP32 if exact else halves)[width], flags[3], 32)
     blocks = max(triton.cdiv(longest_keys, block_n), 1)
     attention_bwd_kv_kernel[(blocks * sequences * kv_heads,)](
