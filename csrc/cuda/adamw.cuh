@@ -69,7 +69,7 @@ __device__ __forceinline__ bool all_aligned(const int64_t* const* tables, int co
 
 // S: of the shadows.
 template <class S>
-__global__ void __launch_bounds__(kListThreads) adamw_kernel(AdamwArgs a) {
+__global__ void __launch_bounds__(kListThreads, 2) adamw_kernel(AdamwArgs a) {
   const int64_t tensor = tensor_of(a.list, blockIdx.x);
   const int64_t begin = (blockIdx.x - a.list.first_chunk[tensor]) * kChunk, size = a.list.sizes[tensor];
   const int64_t end = begin + kChunk < size ? begin + kChunk : size;
