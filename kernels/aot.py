@@ -147,6 +147,14 @@ def layer_norm_calls() -> Calls:
         yield what, partial(layer_norm.layer_norm, x, p, p, 1e-5)
         yield f"{what} plain", partial(layer_norm.layer_norm, x, None, None, 1e-5)
         yield f"{what} backward", partial(layer_norm.layer_norm_backward, x, x, p, s, s, True)
+        yield f"{what} rms", partial(layer_norm.rms_norm, x, p, 1e-5)
+        yield f"{what} rms backward", partial(layer_norm.layer_norm_backward, x, x, p, None, s, True)
+        yield f"{what} add", partial(layer_norm.add_layer_norm, x, x.to(FULL), p, p, 1e-5)
+        yield f"{what} add rms", partial(layer_norm.add_rms_norm, x, x, p, 1e-5)
+        for name, mean in (("", s), (" rms", None)):
+            full = x.to(FULL)
+            call = partial(layer_norm.add_norm_backward, x, full, full, p, mean, s, True, dtype == HALF)
+            yield f"{what} add{name} backward", call
 
 
 def swiglu_calls() -> Calls:

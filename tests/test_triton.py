@@ -61,6 +61,8 @@ def test_every_op_on_it_has_its_gradient_on_it():
     here = {name for name, table in tables.items() if "triton" in table}
     assert {
         "adamw",
+        "add_layer_norm",
+        "add_rms_norm",
         "attention",
         "cross_entropy",
         "dropout",
@@ -71,6 +73,7 @@ def test_every_op_on_it_has_its_gradient_on_it():
         "linear_cross_entropy",
         "log_softmax",
         "relu",
+        "rms_norm",
         "rope",
         "sigmoid",
         "silu",

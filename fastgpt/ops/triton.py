@@ -105,21 +105,65 @@ for _name in ("swiglu", "geglu"):
     _gated(_name)
 
 
-@implement("layer_norm", "triton")
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(function: str, x: Tensor, tensors: tuple[Tensor | None, ...], *args: Any) -> Any:
     if x.shape[-1] == 0:
         raise NotCovered("rows without columns")
-    return _run("layer_norm", "layer_norm", (x, weight, bias), x, weight, bias, eps)
+    return _run("layer_norm", function, tensors, *args)
+
+
+@implement("layer_norm", "triton")
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm("layer_norm", x, (x, weight, bias), x, weight, bias, eps)
 
 
 @implement("layer_norm_backward", "triton")
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs_params: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.shape[-1] == 0:
-        raise NotCovered("rows without columns")
     tensors = (grad, x, weight, mean, rstd)
-    return _run("layer_norm", "layer_norm_backward", tensors, *tensors, needs_params)
+    return _norm("layer_norm_backward", x, tensors, *tensors, needs_params)
+
+
+@implement("rms_norm", "triton")
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return _norm("rms_norm", x, (x, weight), x, weight, eps)
+
+
+@implement("rms_norm_backward", "triton")
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return _norm("layer_norm_backward", x, (grad, x, weight, rstd), grad, x, weight, None, rstd, needs_weight)[:2]
+
+
+@implement("add_layer_norm", "triton")
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (x, residual, weight, bias)
+    return _norm("add_layer_norm", x, tensors, *tensors, eps)
+
+
+@implement("add_layer_norm_backward", "triton")
+def _add_layer_norm_backward(
+    grad: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs_params: bool,
+    needs_half: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (grad, grad_sum, summed, weight, mean, rstd)
+    return _norm("add_norm_backward", summed, tensors, *tensors, needs_params, needs_half)
+
+
+@implement("add_rms_norm", "triton")
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm("add_rms_norm", x, (x, residual, weight), x, residual, weight, eps)
+
+
+@implement("add_rms_norm_backward", "triton")
+def _add_rms_norm_backward(
+    grad: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor | None, rstd: Tensor, needs_weight: bool, needs_half: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (grad, grad_sum, summed, weight, None, rstd)
+    return _norm("add_norm_backward", summed, tensors, *tensors, needs_weight, needs_half)[:3]
 
 
 def _cross_entropy_covers(logits: Tensor, z_loss: float) -> None:
