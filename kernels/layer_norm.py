@@ -24,7 +24,7 @@ from fastgpt.kernels.launch import multiprocessors, tile, warps
 __all__ = ["add_layer_norm", "add_norm_backward", "add_rms_norm", "layer_norm", "layer_norm_backward", "rms_norm"]
 
 ONE_BLOCK = 8192  # columns that a program keeps in registers, with their two gradients in the backward
-ONE_BLOCK_OF_SUM = 4096  # the same in the backward of a LayerNorm whose sum has a gradient, too: 8,192 spill
+ONE_BLOCK_OF_SUM = 4096  # the same in the backward of a sum that has a gradient, too: 8,192 spill
 WIDE_BLOCK = 4096  # columns a step beyond that
 PART_ROWS = 32  # partial sums added a step
 PART_COLS = 64  # columns of a program that adds partial sums
@@ -145,15 +145,17 @@ def layer_norm_bwd_kernel(
         dy = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < stop, other=0.0)
-        if not RMS:
-            x -= tl.load(mean_ptr + row, mask=row < stop, other=0.0)[:, None]
-        xhat = tl.where(inside, x * rstd[:, None], 0.0)
         g = dy * weight
-        mean_gx = tl.sum(g * xhat, axis=1) / cols
-        dx = g - xhat * mean_gx[:, None]
-        if not RMS:
-            dx -= (tl.sum(g, axis=1) / cols)[:, None]
-        dx *= rstd[:, None]
+        if RMS:
+            xhat = tl.where(inside, x * rstd[:, None], 0.0)
+            mean_gx = tl.sum(g * xhat, axis=1) / cols
+            dx = rstd[:, None] * (g - xhat * mean_gx[:, None])
+        else:
+            mean = tl.load(mean_ptr + row, mask=row < stop, other=0.0)
+            xhat = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
+            mean_g = tl.sum(g, axis=1) / cols
+            mean_gx = tl.sum(g * xhat, axis=1) / cols
+            dx = rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
         _store_gradient(dx_ptr, grad_sum_ptr, half_ptr, offsets, inside, dx, HAS_GRAD_SUM, NEEDS_HALF)
         if NEEDS_PARAMS:
             dweight += dy * xhat
@@ -261,7 +263,7 @@ def _forward(
         block_m, block_n = tile(rows, cols)
         layer_norm_fwd_kernel[(triton.cdiv(rows, block_m),)](
             x, residual, weight, bias, y, summed, mean, rstd, rows, cols, eps, *flags, block_m, block_n,
-            num_warps=warps(block_m * block_n),
+            num_warps=warps(block_m * block_n * (1 if residual is None else 4)),
         )  # fmt: skip
     else:
         layer_norm_wide_fwd_kernel[(rows,)](
@@ -337,7 +339,7 @@ def add_norm_backward(
         return dx, half, dweight, dbias
     rms = mean is None
     flags = rms, grad_sum is not None, needs_half, weight is not None
-    if cols <= (ONE_BLOCK if rms or grad_sum is None else min(ONE_BLOCK, ONE_BLOCK_OF_SUM)):
+    if cols <= (ONE_BLOCK if grad_sum is None else min(ONE_BLOCK, ONE_BLOCK_OF_SUM)):
         block_m, block_n = tile(rows, cols)
         # more programs hide more latency, and write more partial sums; short rows leave registers for four on a multiprocessor
         programs = min((4 if block_n <= 2048 else 2) * multiprocessors(x), triton.cdiv(rows, block_m))

@@ -91,6 +91,16 @@ def test_mixed_dtypes_and_no_parameters(rows, name):
     check_add(name, (9, 33), (torch.float32, torch.float32), has_params=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_normalised_is_the_sum_as_it_is_returned(rows, dtype):
+    x, residual = (random(6, 130, dtype=dtype, seed=i, scale=3.0).to(DEVICE) for i in range(2))
+    normed, summed = ops.add_rms_norm(x, residual, (130,))
+    assert torch.equal(summed, x + residual)
+    assert torch.equal(normed, ops.rms_norm(summed, (130,)))
+    normed, summed = ops.add_layer_norm(x, residual, (130,))
+    assert torch.equal(normed, ops.layer_norm(summed, (130,)))
+
+
 @pytest.mark.parametrize("name", ["layer", "rms"])
 def test_only_the_sum_or_only_the_norm_is_used(name):
     op = ops.add_rms_norm if name == "rms" else ops.add_layer_norm
