@@ -160,6 +160,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tu
     attention_fwd_kernel[(blocks * sequences * heads,)](
         q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], heads, heads // k.shape[1], blocks,
         queries, k.shape[2], dim, *options.values(), *flags, dim == width, block_m, block_n, width, operand(q), dot_precision(q),
-        num_warps=warps, num_stages=stages(q), **(NO_LIMIT if flags[3] else {}),
+        num_warps=warps, num_stages=stages(q), **(NO_LIMIT if flags[3] or q.dtype == torch.float32 else {}),
     )  # fmt: skip
     return out, lse

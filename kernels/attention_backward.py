@@ -41,6 +41,7 @@ TILES_KV_MORE = TILES_KV | {
     32: (64, 64, 8),
     64: (32, 64, 8),
 }  # with a window or a soft cap, whose values need registers, too
+TILES_KV_SM80 = TILES_KV | {64: (32, 128, 8)}
 TILES_Q = {16: (128, 64, 4), 32: (64, 64, 4), 64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)}
 TILES_Q_SM100 = TILES_Q | {128: (64, 32, 8)}
 TILES_KV_FP32 = {16: (32, 64, 4), 32: (32, 64, 4), 64: (32, 32, 4), 128: (16, 16, 8), 256: (16, 16, 8)}
@@ -264,15 +265,18 @@ def attention_backward(
     limit = NO_LIMIT if exact or flags[2] or flags[3] else {}
     rest = (options.scale, *options.values(), *flags, dim == width)
     types = (operand(q), dot_precision(q))
-    halves = TILES_KV_MORE if flags[0] or flags[2] or flags[4] else TILES_KV
+    plain = TILES_KV if architecture(q) >= 90 else TILES_KV_SM80
+    halves = TILES_KV_MORE if flags[0] or flags[2] or flags[4] else plain
     block_m, block_n, warps = tile_for((TILES_KV_FP32 if exact else halves)[width], flags[3], 32)
     blocks = max(triton.cdiv(longest_keys, block_n), 1)
     attention_bwd_kv_kernel[(blocks * sequences * kv_heads,)](
         q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
-        block_m, block_n, width, *types, num_warps=warps, num_stages=2, **limit,
+        block_m, block_n, width, *types, num_warps=warps, num_stages=1 if exact and flags[4] else 2, **limit,
     )  # fmt: skip
     tiles = TILES_Q_FP32 if exact else TILES_Q if architecture(q) < 100 else TILES_Q_SM100
     block_m, block_n, warps = tile_for(tiles[width], flags[3], 32)
+    if exact and flags[4] and width == 128:
+        block_m, warps = 16, 8  # where sequences are packed 32 rows spill
     blocks = max(triton.cdiv(longest, block_m), 1)
     attention_bwd_q_kernel[(blocks * sequences * heads,)](
         q, k, v, g, lse, delta, dq, *strides, *dq.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
