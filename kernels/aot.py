@@ -136,6 +136,9 @@ def cross_entropy_calls() -> Calls:
             f"{what} backward",
             partial(cross_entropy.cross_entropy_backward, meta(dtype=FULL), x, target, lse, *options),
         )
+        yield f"{what} z", partial(cross_entropy.cross_entropy, x, target, *options, 1e-4)
+        call = partial(cross_entropy.cross_entropy_backward, meta(dtype=FULL), x, target, lse, *options, 1e-4)
+        yield f"{what} z backward", call
 
 
 def layer_norm_calls() -> Calls:

@@ -5,6 +5,8 @@ With a share s of label smoothing (arXiv 1512.00567, section 7), C classes and t
     lse = log sum exp v;   loss = (1 - s) * (lse - v[t]) + s * (lse - sum v / C)
     dv[j] = dloss * (exp(v[j] - lse) - s / C - (1 - s) * [j = t])
 
+A z-loss z (arXiv 2204.02311) adds z lse^2 to the loss and dloss 2 z lse exp(v[j] - lse) to the gradient.
+
 A row whose target is `ignore_index` has loss, lse and gradient 0. A target outside the classes reads nothing and has loss and gradient
 NaN: raising as the CPU does would make the CPU wait for the GPU on each call. The forward reads the logits once, with the running
 maximum and sum of arXiv 1805.02867; nothing of the softmax is stored, the backward computes it again from lse. Computed in fp32.
@@ -22,8 +24,8 @@ BLOCK = 4096  # classes a step
 
 @triton.jit
 def cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, loss_ptr, lse_ptr, classes, row_stride, ignore_index, smoothing,
-    HAS_SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr,
+    logits_ptr, target_ptr, loss_ptr, lse_ptr, classes, row_stride, ignore_index, smoothing, z_loss,
+    HAS_SMOOTHING: tl.constexpr, HAS_Z: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One row a program, BLOCK_N classes a step."""
     row = tl.program_id(0).to(tl.int64)
@@ -48,6 +50,8 @@ def cross_entropy_fwd_kernel(
     loss = (1.0 - smoothing) * (lse - v_target)
     if HAS_SMOOTHING:
         loss += smoothing * (lse - sum_v / classes)
+    if HAS_Z:
+        loss += z_loss * lse * lse
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
     exact = top.to(tl.float64) + tl.log(total).to(tl.float64)
     tl.store(lse_ptr + row, tl.where(counted, exact, 0.0))
@@ -55,8 +59,8 @@ def cross_entropy_fwd_kernel(
 
 @triton.jit
 def cross_entropy_bwd_kernel(
-    grad_ptr, logits_ptr, target_ptr, lse_ptr, dlogits_ptr, classes, row_stride, grad_stride, ignore_index, smoothing,
-    BLOCK_N: tl.constexpr,
+    grad_ptr, logits_ptr, target_ptr, lse_ptr, dlogits_ptr, classes, row_stride, grad_stride, ignore_index, smoothing, z_loss,
+    HAS_Z: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N classes of one row a program; grad_stride is 0 where all rows share one gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -73,7 +77,10 @@ def cross_entropy_bwd_kernel(
     inside = col < classes
     v = tl.load(logits_ptr + row * row_stride + col, mask=inside & counted, other=0.0).to(tl.float32)
     wanted = smoothing / classes + tl.where(col == target, 1.0 - smoothing, 0.0)
-    dlogits = tl.where(counted, grad * (tl.exp(v - lse) * (1.0 - rest) - wanted), 0.0)
+    factor = 1.0 - rest
+    if HAS_Z:
+        factor *= 1.0 + 2.0 * z_loss * lse
+    dlogits = tl.where(counted, grad * (tl.exp(v - lse) * factor - wanted), 0.0)
     tl.store(dlogits_ptr + row * classes + col, dlogits, mask=inside)
 
 
@@ -89,7 +96,7 @@ def _block(classes: int) -> tuple[int, int]:
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The op's forward.
 
@@ -108,8 +115,8 @@ def cross_entropy(
     if rows:
         block, warps = _block(classes)
         cross_entropy_fwd_kernel[(rows,)](
-            logits, target, loss, lse, classes, logits.stride(0), ignore_index, label_smoothing, label_smoothing > 0, block,
-            num_warps=warps,
+            logits, target, loss, lse, classes, logits.stride(0), ignore_index, label_smoothing, z_loss, label_smoothing > 0,
+            z_loss > 0, block, num_warps=warps,
         )  # fmt: skip
     if reduction == "none":
         return loss, lse
@@ -119,7 +126,7 @@ def cross_entropy(
 
 def cross_entropy_backward(
     grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
-    out: Tensor | None = None,
+    z_loss: float = 0.0, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient of the logits from that of the loss and the forward's lse: (N, C) in the logits' dtype, contiguous.
 
@@ -135,6 +142,6 @@ def cross_entropy_backward(
     block, warps = _block(classes)
     cross_entropy_bwd_kernel[(rows, triton.cdiv(classes, block))](
         grad, logits, target, lse.contiguous(), dlogits, classes, logits.stride(0), grad.stride(0) if grad.dim() else 0,
-        ignore_index, label_smoothing, block, num_warps=warps,
+        ignore_index, label_smoothing, z_loss, z_loss > 0, block, num_warps=warps,
     )  # fmt: skip
     return dlogits

@@ -20,11 +20,20 @@ def targets(rows, classes, ignored=(), seed=7):
 
 
 def check(logits, target, **options):
-    filled = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0} | options
+    filled = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0} | options
+    z = options.get("z_loss", 0.0)
+    theirs = {name: value for name, value in options.items() if name != "z_loss"}
+
+    def torchs(x):
+        # torch rounds a half-type loss to its dtype; ours stays in float32, so torch's side is compared in float32 too
+        x, labels = x.float(), target.to(x.device)
+        loss = F.cross_entropy(x, labels, **theirs)
+        squares = torch.where(labels != filled["ignore_index"], torch.logsumexp(x, -1).square(), 0.0)
+        return loss + z * squares.sum() if z else loss
+
     check_op(
         lambda x: ops.cross_entropy(x, target.to(x.device), **options),
-        # torch rounds a half-type loss to its dtype; ours stays in float32, so torch's side is compared in float32 too
-        lambda x: F.cross_entropy(x.float(), target.to(x.device), **options),
+        torchs,
         lambda x: reference.cross_entropy(x, target, *filled.values())[0],
         [logits],
     )
@@ -53,6 +62,14 @@ def test_ignored_targets(reduction):
 @pytest.mark.parametrize("classes", [30, 5000])
 def test_label_smoothing(smoothing, classes):
     check(random(5, classes), targets(5, classes, ignored=(2,)), label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [30, 5000])
+def test_z_loss(smoothing, classes):
+    check(
+        random(5, classes), targets(5, classes, ignored=(2,)), reduction="sum", label_smoothing=smoothing, z_loss=0.01
+    )
 
 
 def test_ignored_rows_hide_nan():

@@ -166,19 +166,17 @@ def _add_rms_norm_backward(
     return _norm("add_norm_backward", summed, tensors, *tensors, needs_weight, needs_half)[:3]
 
 
-def _cross_entropy_covers(logits: Tensor, z_loss: float) -> None:
+def _cross_entropy_covers(logits: Tensor) -> None:
     if logits.shape[1] == 0:
         raise NotCovered("logits without classes")
-    if z_loss != 0.0:
-        raise NotCovered("a z-loss")
 
 
 @implement("cross_entropy", "triton")
 def _cross_entropy(
     logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    _cross_entropy_covers(logits, z_loss)
-    options = (ignore_index, reduction, label_smoothing)
+    _cross_entropy_covers(logits)
+    options = (ignore_index, reduction, label_smoothing, z_loss)
     return _run("cross_entropy", "cross_entropy", (logits, target), logits, target, *options)
 
 
@@ -187,9 +185,9 @@ def _cross_entropy_backward(
     grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, reduction: str, label_smoothing: float,
     z_loss: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    _cross_entropy_covers(logits, z_loss)
+    _cross_entropy_covers(logits)
     checked = (grad, logits, target)  # not lse, which is float64
-    options = (ignore_index, reduction, label_smoothing)
+    options = (ignore_index, reduction, label_smoothing, z_loss)
     return _run("cross_entropy", "cross_entropy_backward", checked, grad, logits, target, lse, *options)
 
 
@@ -241,10 +239,10 @@ def _attention_decode(
 def _cross_entropy_inplace(
     logits: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float
 ) -> Tensor:
-    _cross_entropy_covers(logits, z_loss)
+    _cross_entropy_covers(logits)
     if not logits.is_contiguous():
         raise NotCovered("strides; covered are contiguous logits")
-    options = (ignore_index, reduction, label_smoothing)
+    options = (ignore_index, reduction, label_smoothing, z_loss)
     loss, lse = _run("cross_entropy", "cross_entropy", (logits, target), logits, target, *options)
     one = torch.ones_like(loss)
     _run("cross_entropy", "cross_entropy_backward", (logits,), one, logits, target, lse, *options, logits)
