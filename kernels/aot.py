@@ -35,8 +35,10 @@ from fastgpt.kernels import (
     attention_backward,
     attention_decode,
     attention_tiles,
+    bias_activation,
     cross_entropy,
     dropout,
+    embedding,
     launch,
     layer_norm,
     log_softmax,
@@ -206,13 +208,34 @@ def rope_calls() -> Calls:
         yield what, partial(rope.rope, x, table, table, interleaved, inverse)
 
 
+def bias_activation_calls() -> Calls:
+    for dtype, kind in itertools.product((HALF, FULL), activation.KINDS):
+        x, bias = meta(8, 1024, 3072, dtype=dtype), meta(3072, dtype=FULL)
+        yield f"{NAMES[dtype]} {kind}", partial(bias_activation.bias_activation, x, bias, kind)
+        yield (
+            f"{NAMES[dtype]} {kind} backward",
+            partial(bias_activation.bias_activation_backward, x, x, bias, kind, True),
+        )
+
+
+def embedding_calls() -> Calls:
+    for dtype, wide in itertools.product((HALF, FULL), (torch.int32, torch.int64)):
+        ids, weight, grad = meta(8, 1024, dtype=wide), meta(50304, 768, dtype=dtype), meta(8, 1024, 768, dtype=dtype)
+        what = f"{NAMES[dtype]} {wide}"
+        yield what, partial(embedding.embedding, ids, weight)
+        yield f"{what} backward", partial(embedding.embedding_backward, grad, ids, 50304, -1)
+        yield f"{what} adding backward", partial(embedding.embedding_accumulate, weight, grad, ids, 0)
+
+
 CALLS: dict[str, Callable[[], Calls]] = {
     "activation": activation_calls,
     "adamw": adamw_calls,
     "attention": attention_calls,
     "attention_options": attention_option_calls,
     "cross_entropy": cross_entropy_calls,
+    "bias_activation": bias_activation_calls,
     "dropout": dropout_calls,
+    "embedding": embedding_calls,
     "layer_norm": layer_norm_calls,
     "log_softmax": log_softmax_calls,
     "rope": rope_calls,

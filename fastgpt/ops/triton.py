@@ -313,3 +313,33 @@ def _dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tens
 @implement("rope", "triton")
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     return _run("rope", "rope", (x, cos, sin), x, cos, sin, interleaved, inverse)
+
+
+@implement("bias_activation", "triton")
+def _bias_activation(x: Tensor, bias: Tensor, kind: str) -> Tensor:
+    return _run("bias_activation", "bias_activation", (x, bias), x, bias, kind)
+
+
+@implement("bias_activation_backward", "triton")
+def _bias_activation_backward(
+    grad: Tensor, saved: Tensor, bias: Tensor, kind: str, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    tensors = (grad, saved, bias)
+    return _run("bias_activation", "bias_activation_backward", tensors, *tensors, kind, needs_bias)
+
+
+@implement("embedding", "triton")
+def _embedding(input_ids: Tensor, weight: Tensor, padding_idx: int, accumulate_grad: bool) -> Tensor:
+    return _run("embedding", "embedding", (weight, input_ids), input_ids, weight)
+
+
+@implement("embedding_backward", "triton")
+def _embedding_backward(grad: Tensor, input_ids: Tensor, rows: int, padding_idx: int) -> Tensor:
+    return _run("embedding", "embedding_backward", (grad, input_ids), grad, input_ids, rows, padding_idx)
+
+
+@implement("embedding_accumulate_backward", "triton")
+def _embedding_accumulate(into: Tensor, grad: Tensor, input_ids: Tensor, padding_idx: int) -> None:
+    if not into.is_contiguous():
+        raise NotCovered("a gradient that is not contiguous")
+    _run("embedding", "embedding_accumulate", (into, grad, input_ids), into, grad, input_ids, padding_idx)
