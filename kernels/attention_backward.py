@@ -271,7 +271,7 @@ def attention_backward(
     blocks = max(triton.cdiv(longest_keys, block_n), 1)
     attention_bwd_kv_kernel[(blocks * sequences * kv_heads,)](
         q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
-        block_m, block_n, width, *types, num_warps=warps, num_stages=1 if exact and flags[4] else 2, **limit,
+        block_m, block_n, width, *types, num_warps=warps, num_stages=1 if exact and flags[4] and width >= 128 else 2, **limit,
     )  # fmt: skip
     tiles = TILES_Q_FP32 if exact else TILES_Q if architecture(q) < 100 else TILES_Q_SM100
     block_m, block_n, warps = tile_for(tiles[width], flags[3], 32)

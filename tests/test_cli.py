@@ -50,7 +50,7 @@ def test_train_help_shows_every_option_with_its_default(capsys):
         text = shown[start : shown.index("(default: ", start) + 60]
         assert item.metadata["help"][:30] in text, key
     defaults = re.findall(r"\(default: ([^)]*)\)", shown)
-    assert len(defaults) == len(list(options())) + 4  # and --preset, --config, --out, --resume
+    assert len(defaults) == len(list(options())) + 5  # and --preset, --config, --out, --resume, --dry-run
     for name in preset_names():
         assert name in shown
 

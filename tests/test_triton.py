@@ -127,4 +127,4 @@ class TestAheadOfTime:
         assert "TRITON_INTERPRET is set" in done.stderr
         done = run(["-m", "fastgpt.kernels.aot", "sofmax"])
         assert done.returncode == 2
-        assert "op is 'sofmax', expected one of activation, attention" in done.stderr
+        assert "op is 'sofmax', expected one of activation, adamw, attention" in done.stderr
