@@ -154,8 +154,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tu
         warps = min(warps, 4)
     flags = options.flags(k.shape[2])
     block_m, block_n, warps = tile_for((block_m, block_n, warps), flags[3], 64)
-    if flags[3] and width == 256 and q.dtype == torch.float32:
-        block_n = 16  # 32 spills
+    if (flags[3] or flags[4]) and width == 256 and q.dtype == torch.float32:
+        block_n, warps = 16, 8 if flags[4] else warps  # 32 keys spill, and packed sequences more
     blocks = max(triton.cdiv(longest, block_m), 1)
     attention_fwd_kernel[(blocks * sequences * heads,)](
         q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], heads, heads // k.shape[1], blocks,

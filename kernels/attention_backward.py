@@ -268,10 +268,12 @@ def attention_backward(
     plain = TILES_KV if architecture(q) >= 90 else TILES_KV_SM80
     halves = TILES_KV_MORE if flags[0] or flags[2] or flags[4] else plain
     block_m, block_n, warps = tile_for((TILES_KV_FP32 if exact else halves)[width], flags[3], 32)
+    if exact and flags[4] and width == 256:
+        warps = 16  # 8 spill
     blocks = max(triton.cdiv(longest_keys, block_n), 1)
     attention_bwd_kv_kernel[(blocks * sequences * kv_heads,)](
         q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
-        block_m, block_n, width, *types, num_warps=warps, num_stages=1 if exact and flags[4] and width >= 128 else 2, **limit,
+        block_m, block_n, width, *types, num_warps=warps, num_stages=1 if exact and flags[4] and width == 128 else 2, **limit,
     )  # fmt: skip
     tiles = TILES_Q_FP32 if exact else TILES_Q if architecture(q) < 100 else TILES_Q_SM100
     block_m, block_n, warps = tile_for(tiles[width], flags[3], 32)
