@@ -128,8 +128,7 @@ def kin(seed: int = 0, **options) -> tuple[Kin, torch.Tensor]:
 def test_numbers_stay_and_the_report_names_the_parts(autocast: bool) -> None:
     model, _, report = assert_as_close_as_before(kin, autocast=autocast)
     found = {"LayerNorm": 2, "CausalSelfAttention": 1, "RMSNorm": 1, "NewGELU": 1, "GELU": 1, "Linear": 5}
-    assert report.replaced == found
-    assert "Dropout" not in report.left
+    assert report.replaced == found | {"Dropout": 3}
     assert "replaced 1 x NewGELU" in str(report)
     assert isinstance(model.parts[7], torch.nn.LayerNorm)
     assert type(model.head) is nn.Linear
@@ -145,7 +144,7 @@ def test_weights_stay_where_they_are_and_restore_undoes_all() -> None:
     fastgpt.accelerate(model)
     assert classes != [type(module) for module in model.modules()]
     assert weights == {name: p.data_ptr() for name, p in model.named_parameters()}
-    assert fastgpt.restore(model) == 11
+    assert fastgpt.restore(model) == 14
     assert [type(module) for module in model.modules()] == classes
 
 
@@ -160,14 +159,55 @@ def test_our_ops_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     model(idx)
 
 
-def test_dropout_on_the_probabilities_stays_theirs() -> None:
+def test_dropout_keeps_its_masks_where_that_is_asked_for() -> None:
     model, idx = kin(dropout=0.5)
     torch.manual_seed(3)
     want = model(idx)
-    fastgpt.accelerate(model)
+    report = fastgpt.accelerate(model, keep_dropout=True)
+    assert "masks are to be torch's" in report.left["Dropout"]
     torch.manual_seed(3)
     torch.testing.assert_close(model(idx), want)
     assert not torch.equal(model.eval()(idx), want)
+
+
+def test_dropout_drops_as_many_and_follows_torch_s_seed() -> None:
+    model, _ = kin(dropout=0.5)
+    dropout, attention = model.parts[8], model.parts[1]
+    assert fastgpt.accelerate(model).replaced["Dropout"] == 3
+    x = torch.ones(200, 200)
+    torch.manual_seed(1)
+    dropped = dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), dropped)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert abs(float(dropped.mean()) - 1) < 0.05  # five standard deviations are 0.025
+    # Attention's weights, too: the mean over many masks is what evaluation computes.
+    x = torch.randn(1, 5, 32).expand(4000, 5, 32)
+    attention.resid_dropout.p = 0.0
+    many = attention(x)
+    exact = attention.eval()(x[:1])
+    assert (many.var(0) > 1e-4).any()
+    off = (many.mean(0) - exact[0]) / (many.std(0) / 4000**0.5 + 1e-6)
+    assert off.abs().max() < 5.5  # standard deviations, of 160 numbers
+
+
+def test_the_report_says_what_stays_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback, "_size_matters", True)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.Linear(1024, 512))
+    report = fastgpt.accelerate(model)
+    assert report.replaced == {"LayerNorm": 1, "Linear": 1}
+    assert report.partly["LayerNorm"] == "torch's on the CPU below 16,384 numbers a call"
+    assert report.partly["Linear"].startswith("torch's but for up to 8 float32 rows")
+    assert report.left["Linear"] == "torch's is faster where the weight has less than 524,288 numbers"
+    assert type(model[1]) is torch.nn.Linear
+    assert type(model[2]) is nn.Linear
+    assert str(report).splitlines() == [
+        f"replaced 1 x LayerNorm ({report.partly['LayerNorm']})",
+        f"replaced 1 x Linear ({report.partly['Linear']})",
+        f"left Linear: {report.left['Linear']}",
+    ]
+    monkeypatch.setattr(fallback, "_size_matters", False)
+    assert fastgpt.accelerate(model).replaced == {"Linear": 1}
 
 
 def test_a_part_with_other_results_is_left_alone() -> None:
@@ -217,7 +257,7 @@ def test_copies_pickles_hooks_and_state() -> None:
     loaded = pickle.loads(pickle.dumps(model))
     assert torch.equal(loaded(idx), want)
     assert type(loaded.parts[1]) is type(model.parts[1])
-    assert fastgpt.restore(loaded) == 11
+    assert fastgpt.restore(loaded) == 14
     assert type(loaded.parts[1]) is CausalSelfAttention
     assert model.state_dict().keys() == state.keys()
     model.load_state_dict(state)

@@ -144,7 +144,7 @@ def test_what_one_op_does_not_do_is_left_to_the_parts(change: str, calls: list[s
         return out.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     want_loss, want = step()
-    report = fastgpt.accelerate(model)
+    report = fastgpt.accelerate(model, keep_dropout=True)
     got_loss, got = step()
     torch.testing.assert_close(got_loss, want_loss)
     assert want.keys() == got.keys()
@@ -155,6 +155,53 @@ def test_what_one_op_does_not_do_is_left_to_the_parts(change: str, calls: list[s
     assert bool(seen) == (change == "hook")
     if change == "scale":
         assert "scaled by other" in report.left["GPT2Block"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "nano"])
+def test_blocks_with_dropout(kind: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "gpt2":
+        model, idx = gpt2(resid_pdrop=0.5, attn_pdrop=0.25, embd_pdrop=0.5)
+        blocks_of, op, where = model.transformer.h, "transformer_block_with_qkv", blocks
+    else:
+        model, idx = nano(dropout=0.5)
+        blocks_of, op, where = model.transformer.h, "transformer_block", blocks.ops
+    given: list[tuple[float, float]] = []
+    whole = getattr(where, op)
+    monkeypatch.setattr(
+        where, op, lambda *a, **k: given.append((k["attention_dropout"], k["dropout"])) or whole(*a, **k)
+    )
+
+    def loss_of(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        found = model(idx, labels=idx).loss if kind == "gpt2" else model(idx, idx)[1]
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    model.eval()
+    exact = loss_of(0).item()
+    model.train()
+    with torch.no_grad():
+        before = torch.stack([loss_of(seed) for seed in range(60)])
+    fastgpt.accelerate(model)
+    given.clear()  # nanoGPT's blocks were compared
+    first = loss_of(1)
+    first.backward()
+    assert given == [(0.25 if kind == "gpt2" else 0.5, 0.5)] * 2
+    assert torch.equal(loss_of(1), first)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        after = torch.stack([loss_of(seed) for seed in range(60)])
+    # The losses of 60 masks: as far from evaluation's and as far apart as torch's masks make them.
+    assert abs(after.mean() - before.mean()) < 5 * (after.var() / 60 + before.var() / 60).sqrt()
+    assert 0.5 < after.std() / before.std() < 2
+    given.clear()
+    blocks_of[0].attn.resid_dropout.p = 0.1  # other than the MLP's: the parts
+    loss_of(1)
+    assert len(given) == 1
+    model.eval()
+    assert abs(loss_of(0).item() - exact) < 1e-5
+    assert len(given) == 3
+    assert given[1:] == [(0.0, 0.0)] * 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "nano"])

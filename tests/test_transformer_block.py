@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 from fastgpt import ops
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.ops.reference.dropout import dropout_mask
 from fastgpt.ops.transformer_block import transformer_block_with_qkv
 
 ACTIVATIONS = ("relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu")
@@ -46,6 +47,24 @@ def plain(x, params, heads, kv_heads, activation):
     return x + F.linear(act(F.linear(F.layer_norm(x, (width,), norm2, norm2_bias), fc, fc_bias)), out, out_bias)
 
 
+def dropped(x, seed, p):
+    return x * dropout_mask(x.shape, seed, p) / (1 - p)
+
+
+def plain_dropped(x, params, heads, seeds, attention_p, p):
+    """The block with its three dropouts, the masks those of `ops.dropout`."""
+    norm1, norm1_bias, qkv, qkv_bias, proj, proj_bias, norm2, norm2_bias, fc, fc_bias, out, out_bias = params
+    width, time = x.shape[-1], x.shape[1]
+    rows = F.linear(F.layer_norm(x, (width,), norm1, norm1_bias), qkv, qkv_bias).unflatten(-1, (3, heads, -1))
+    q, k, v = rows.permute(2, 0, 3, 1, 4)
+    future = torch.ones(time, time, dtype=torch.bool).triu(1)
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(future, float("-inf")).softmax(-1)
+    y = (dropped(weights, seeds[0], attention_p) @ v).transpose(1, 2).flatten(2)
+    x = x + dropped(F.linear(y, proj, proj_bias), seeds[1], p)
+    y = F.gelu(F.linear(F.layer_norm(x, (width,), norm2, norm2_bias), fc, fc_bias), approximate="tanh")
+    return x + dropped(F.linear(y, out, out_bias), seeds[2], p)
+
+
 def check(tensors, heads, kv_heads, activation, bias, what=""):
     def call(function, x, params, **options):
         return function(x, twelve(params, bias), **options)
@@ -63,6 +82,44 @@ def check(tensors, heads, kv_heads, activation, bias, what=""):
 @pytest.mark.parametrize("shape", [(1, 1, 64, 2, 2), (2, 17, 24, 3, 1), (3, 70, 64, 4, 2)], ids=str)
 def test_parity(isa, shape, bias):
     check(inputs(*shape, bias=bias), *shape[3:], "gelu", bias, f"{shape}")
+
+
+SEEDS = torch.tensor([3, 2**62 + 5, 11])
+
+
+@pytest.mark.parametrize(("attention_p", "p"), [(0.25, 0.5), (0.0, 0.1), (0.3, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout(isa, dtype, attention_p, p):
+    options = {"seeds": SEEDS, "attention_dropout": attention_p, "dropout": p}
+    plainly = lambda x, *w: plain_dropped(x, w, 4, SEEDS, attention_p, p)  # noqa: E731
+    check_op(
+        lambda x, *w: ops.transformer_block(x, w, n_head=4, **options),
+        plainly,
+        plainly,
+        inputs(2, 21, 32, 4, 4, dtype=dtype),
+        f"dropout {attention_p} and {p}",
+    )
+
+
+def test_dropout_follows_torch_s_seed_and_none_is_none():
+    x, *params = inputs(2, 9, 16, 2, 2)
+
+    def run(seed, **options):
+        torch.manual_seed(seed)
+        return ops.transformer_block(x, params, n_head=2, **options)
+
+    first = run(1, dropout=0.5, attention_dropout=0.5)
+    assert torch.equal(first, run(1, dropout=0.5, attention_dropout=0.5))
+    assert not torch.equal(first, run(2, dropout=0.5, attention_dropout=0.5))
+    assert torch.equal(run(1, seeds=SEEDS), run(2))
+    with ops.use_backend("reference"):
+        everything = run(1, dropout=1.0, attention_dropout=1.0)
+    torch.testing.assert_close(run(1, dropout=1.0, attention_dropout=1.0), everything)
+    torch.testing.assert_close(everything, x)
+    drawn = torch.get_rng_state()
+    run_state = ops.transformer_block(x, params, n_head=2)
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert torch.equal(run_state, run(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,6 +164,10 @@ def test_formula_is_the_block_and_its_gradient():
         leaves = [t.requires_grad_() for t in tensors]
         assert torch.autograd.gradcheck(
             lambda x, *p: ops.transformer_block(x, p, n_head=2, n_kv_head=1, activation="tanh"), leaves
+        )
+        options = {"seeds": SEEDS, "dropout": 0.3, "attention_dropout": 0.2}
+        assert torch.autograd.gradcheck(
+            lambda x, *p: ops.transformer_block(x, p, n_head=2, n_kv_head=1, activation="tanh", **options), leaves
         )
 
 
@@ -163,8 +224,9 @@ def test_without_gradients_nothing_is_kept():
 
 def test_opcheck():
     x, *params = (t.requires_grad_() for t in inputs(1, 6, 16, 2, 1))
-    rest = (2, 1, 1e-5, "gelu", torch.float32, True)
+    rest = (2, 1, 1e-5, "gelu", torch.float32, None, 0.0, 0.0, True)
     opcheck(torch.ops.fastgpt.transformer_block.default, (x, *params, *rest))
+    opcheck(torch.ops.fastgpt.transformer_block.default, (x, *params, *rest[:5], SEEDS, 0.1, 0.2, True))
     turned = [p.detach().t().contiguous().t() if p.dim() == 2 else p.detach() for p in params]
     opcheck(torch.ops.fastgpt.transformer_block.default, (x.detach(), *turned, *rest))
 
@@ -184,6 +246,11 @@ def test_bad_input():
         ops.transformer_block(x, params, n_head=3)
     with pytest.raises(ValueError, match="activation"):
         ops.transformer_block(x, params, n_head=2, activation="gelo")
+    for bad in ({"dropout": 1.5}, {"attention_dropout": -0.1}):
+        with pytest.raises(ValueError, match="dropout is"):
+            ops.transformer_block(x, params, n_head=2, **bad)
+    with pytest.raises(ValueError, match=r"seeds is torch.int64 of shape \(2,\), expected int64 \(3,\)"):
+        ops.transformer_block(x, params, n_head=2, seeds=SEEDS[:2])
     with pytest.raises(ValueError, match="12"):
         ops.transformer_block(x, params[:-1], n_head=2)
 
@@ -228,12 +295,29 @@ def test_a_model_with_changed_parts_does_not(calls):
     losses(hooked)
     assert len(calls) == 1
     assert seen
-    dropping = model(dropout=0.5)
-    losses(dropping)
-    assert len(calls) == 1
-    dropping.eval()
-    losses(dropping)
-    assert len(calls) == 3
+    uneven = model(dropout=0.5)
+    uneven.h[0].mlp.dropout = 0.25
+    losses(uneven)
+    assert len(calls) == 2
+    uneven.eval()
+    losses(uneven)
+    assert len(calls) == 4
+
+
+def test_dropout_in_a_model_is_the_op_s(calls):
+    gpt = model(dropout=0.5)
+    torch.manual_seed(1)
+    first = losses(gpt)
+    gpt.zero_grad()
+    torch.manual_seed(1)
+    gpt.activation_checkpointing = True
+    torch.testing.assert_close(losses(gpt), first)  # the same masks when a block is computed again
+    gpt.zero_grad()
+    assert not torch.equal(losses(gpt)[0], first[0])
+    assert len(calls) == 2 + 4 + 4
+    gpt.zero_grad()
+    gpt.eval()
+    torch.testing.assert_close(losses(gpt), losses(model()))
 
 
 def test_loss_without_logits_is_the_same():

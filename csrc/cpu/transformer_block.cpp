@@ -117,6 +117,34 @@ struct Block {
                                threads);
   }
 
+  // y = x * mask / (1 - p) + residual; y may be x.
+  void drop(const AttentionDropout& d, const void* x, const void* residual, void* y) const {
+    run.dropout({.x_dtype = s.stream,
+                 .dtype = s.stream,
+                 .x = x,
+                 .residual = residual,
+                 .y = y,
+                 .n = rows * s.width,
+                 .seed = d.seed,
+                 .threshold = d.threshold,
+                 .scale = d.scale},
+                threads);
+  }
+
+  // What a half of the block adds to the stream, as a product and its residual, or with dropout between the two.
+  void add(LinearArgs product, const AttentionDropout& d, const void* residual) const {
+    if (d.threshold == 0) product.residual = residual;
+    run.linear(product, threads);
+    if (d.threshold != 0) drop(d, product.y, residual, product.y);
+  }
+
+  // The gradient of what a half added: dy itself, or in `masked` what dropout left of it.
+  const void* added_gradient(const AttentionDropout& d, const void* dy, void* masked) const {
+    if (d.threshold == 0) return dy;
+    drop(d, dy, nullptr, masked);
+    return masked;
+  }
+
   // Heads of one part of the queries, keys and values, which lie side by side in a row of `qkv`.
   AttentionTensor heads(void* qkv, int64_t first) const {
     return {static_cast<char*>(qkv) + first * dim * size_of(s.inner), s.time * qkv_width, dim, qkv_width};
@@ -147,11 +175,11 @@ void transformer_block(const BlockShape& s, const BlockWeights& w, const void* x
                        .keys = s.time,
                        .dim = block.dim,
                        .scale = block.scale,
-                       .causal = true},
+                       .causal = true,
+                       .dropout = s.dropout.attention},
                       threads);
-  LinearArgs proj = block.product(w.proj, s.inner, state.attended, s.width, s.stream, state.middle, s.width);
-  proj.residual = x;
-  block.run.linear(proj, threads);
+  block.add(block.product(w.proj, s.inner, state.attended, s.width, s.stream, state.middle, s.width), s.dropout.proj,
+            x);
 
   block.norm(w.norm2, state.middle, normed, state.mean2, state.rstd2);
   void* activated = state.hidden != nullptr ? state.hidden : workspace<1>(rows * s.hidden * size_of(s.inner));
@@ -160,9 +188,7 @@ void transformer_block(const BlockShape& s, const BlockWeights& w, const void* x
   fc.activation = s.activation;
   fc.slope = state.slope;
   block.run.linear(fc, threads);
-  LinearArgs out = block.product(w.out, s.inner, activated, s.hidden, s.stream, y, s.width);
-  out.residual = state.middle;
-  block.run.linear(out, threads);
+  block.add(block.product(w.out, s.inner, activated, s.hidden, s.stream, y, s.width), s.dropout.out, state.middle);
 }
 
 void transformer_block_backward(const BlockShape& s, const BlockWeights& w, const void* x, const BlockState& state,
@@ -174,9 +200,12 @@ void transformer_block_backward(const BlockShape& s, const BlockWeights& w, cons
   void* inner = workspace<1>(rows * std::max(s.hidden, block.qkv_width) * size_of(s.inner));
   void* dmiddle = workspace<2>(rows * s.width * size_of(s.stream));
   void* dattended = workspace<3>(rows * s.width * size_of(s.inner));
+  const bool masks = s.dropout.proj.threshold != 0 || s.dropout.out.threshold != 0;
+  void* masked = workspace<4>(masks ? rows * s.width * size_of(s.stream) : 0);
 
-  block.weight_gradient(g.out, s.stream, dy, s.width, s.inner, state.hidden, s.hidden);
-  LinearBackwardInputArgs hidden = block.input_gradient(w.out, s.stream, dy, s.width, s.inner, inner, s.hidden);
+  const void* dout = block.added_gradient(s.dropout.out, dy, masked);
+  block.weight_gradient(g.out, s.stream, dout, s.width, s.inner, state.hidden, s.hidden);
+  LinearBackwardInputArgs hidden = block.input_gradient(w.out, s.stream, dout, s.width, s.inner, inner, s.hidden);
   hidden.slope = state.slope;
   block.run.linear_backward_input(hidden, threads);
 
@@ -186,8 +215,9 @@ void transformer_block_backward(const BlockShape& s, const BlockWeights& w, cons
                                   threads);
   block.norm_backward(w.norm2, g.norm2, normed, dy, state.middle, state.mean2, state.rstd2, dmiddle);
 
-  block.weight_gradient(g.proj, s.stream, dmiddle, s.width, s.inner, state.attended, s.width);
-  block.run.linear_backward_input(block.input_gradient(w.proj, s.stream, dmiddle, s.width, s.inner, dattended, s.width),
+  const void* dproj = block.added_gradient(s.dropout.proj, dmiddle, masked);
+  block.weight_gradient(g.proj, s.stream, dproj, s.width, s.inner, state.attended, s.width);
+  block.run.linear_backward_input(block.input_gradient(w.proj, s.stream, dproj, s.width, s.inner, dattended, s.width),
                                   threads);
   block.run.attention_backward({.dtype = s.inner,
                                 .q = block.heads(state.qkv, 0),
@@ -206,7 +236,8 @@ void transformer_block_backward(const BlockShape& s, const BlockWeights& w, cons
                                 .keys = s.time,
                                 .dim = block.dim,
                                 .scale = block.scale,
-                                .causal = true},
+                                .causal = true,
+                                .dropout = s.dropout.attention},
                                threads);
   block.norm(w.norm1, x, normed, state.mean1, state.rstd1);
   block.weight_gradient(g.qkv, s.inner, inner, block.qkv_width, s.stream, normed, s.width);

@@ -3,6 +3,9 @@
 //   x' = x  + attention(layer_norm_1(x) Wqkv^T + bqkv) Wproj^T + bproj
 //   y  = x' + f(layer_norm_2(x') Wfc^T + bfc) Wout^T + bout
 //
+// In training attention's weights and what each half adds to the residual stream may be dropped out; the backward makes
+// the masks again.
+//
 // What one call saves over thirteen: the way through Python and the dispatcher, which for a small model costs more than
 // the arithmetic, and the passes over memory between the parts (residuals, activations and conversions ride on the
 // products). The norms' results are computed again in the backward rather than kept.
@@ -24,6 +27,11 @@ struct LinearGradients {
   void* bias;    // (out), or nullptr
 };
 
+// Of attention's weights, and of what the projection and the second layer of the MLP add to the stream (rows, width).
+struct BlockDropout {
+  AttentionDropout attention, proj, out;
+};
+
 struct BlockShape {
   DType stream;     // of x, y and their gradients
   DType params;     // of all parameters and their gradients
@@ -33,6 +41,7 @@ struct BlockShape {
   Activation activation;
   float eps;
   int64_t batch, time, width, heads, kv_heads, hidden;
+  BlockDropout dropout;
 };
 
 // What the forward keeps for the backward: rows = batch * time.

@@ -7,9 +7,21 @@
 namespace fastgpt::cpu {
 namespace {
 
+// Seeds and thresholds of attention's weights, of the projection and of the MLP's second layer.
+struct Drops {
+  std::array<uint64_t, 3> seeds;
+  std::array<uint32_t, 3> thresholds;
+  std::array<float, 3> scales;
+};
+
+BlockDropout block_dropout(const Drops& d) {
+  const auto one = [&](int i) { return AttentionDropout{d.seeds[i], d.thresholds[i], d.scales[i]}; };
+  return {one(0), one(1), one(2)};
+}
+
 // Of a transformer block: the activation, batch, time, width, heads, key heads and the width inside.
 BlockShape block_shape(int stream, int params, int inner, bool half, bool transposed,
-                       const std::array<int64_t, 7>& sizes, float eps) {
+                       const std::array<int64_t, 7>& sizes, float eps, const Drops& drops) {
   return {dtype_of(stream),
           dtype_of(params),
           dtype_of(inner),
@@ -22,7 +34,8 @@ BlockShape block_shape(int stream, int params, int inner, bool half, bool transp
           sizes[3],
           sizes[4],
           sizes[5],
-          sizes[6]};
+          sizes[6],
+          block_dropout(drops)};
 }
 
 using Addresses12 = std::array<Address, 12>;  // weight and bias of norm1, qkv, proj, norm2, fc, out
@@ -163,20 +176,24 @@ void bind_products(py::module_& m) {
   m.def(
       "transformer_block",
       [](int stream, int params, int inner, bool half, bool transposed, const std::array<int64_t, 7>& sizes, float eps,
-         const Addresses12& weights, Address x, const Addresses10& state, Address y, int threads) {
-        transformer_block(block_shape(stream, params, inner, half, transposed, sizes, eps), block_weights(weights),
-                          at<const void>(x), block_state(state), at<void>(y), threads);
+         const std::array<uint64_t, 3>& seeds, const std::array<uint32_t, 3>& thresholds,
+         const std::array<float, 3>& scales, const Addresses12& weights, Address x, const Addresses10& state, Address y,
+         int threads) {
+        transformer_block(block_shape(stream, params, inner, half, transposed, sizes, eps, {seeds, thresholds, scales}),
+                          block_weights(weights), at<const void>(x), block_state(state), at<void>(y), threads);
       },
       Release());
 
   m.def(
       "transformer_block_backward",
       [](int stream, int params, int inner, bool half, bool transposed, const std::array<int64_t, 7>& sizes, float eps,
-         const Addresses12& weights, Address x, const Addresses10& state, Address dy, Address dx,
-         const Addresses12& gradients, int threads) {
-        transformer_block_backward(block_shape(stream, params, inner, half, transposed, sizes, eps),
-                                   block_weights(weights), at<const void>(x), block_state(state), at<const void>(dy),
-                                   at<void>(dx), block_gradients(gradients), threads);
+         const std::array<uint64_t, 3>& seeds, const std::array<uint32_t, 3>& thresholds,
+         const std::array<float, 3>& scales, const Addresses12& weights, Address x, const Addresses10& state,
+         Address dy, Address dx, const Addresses12& gradients, int threads) {
+        transformer_block_backward(
+            block_shape(stream, params, inner, half, transposed, sizes, eps, {seeds, thresholds, scales}),
+            block_weights(weights), at<const void>(x), block_state(state), at<const void>(dy), at<void>(dx),
+            block_gradients(gradients), threads);
       },
       Release());
 }

@@ -1,9 +1,9 @@
 """Whole blocks of other libraries' GPTs in one op: Hugging Face's GPT2Block, nanoGPT's and minGPT's Block.
 
 Each `forward` computes the block by `ops.transformer_block` where that does all that was asked for, one token behind a cache by fused
-linear layers, and anything else (masks over a whole text, dropout in training, hooks, adapters, cross-attention, other devices) by
-the class below, whose parts are accelerated one by one. What a block was found to hold is kept in `module._fastgpt_block` by
-`accelerate`; whether it still holds is looked at on every call.
+linear layers, and anything else (masks over a whole text, hooks, adapters, cross-attention, other devices) by the class below, whose
+parts are accelerated one by one. What a block was found to hold is kept in `module._fastgpt_block` by `accelerate`; whether it still
+holds is looked at on every call.
 """
 
 from typing import Any, NamedTuple
@@ -38,6 +38,37 @@ def are_plain(linears: tuple[Any, ...], others: tuple[Any, ...], kind: str) -> b
     return all(type(part).__name__ == kind for part in linears) and not any(
         _has_hooks(part) for part in (*linears, *others)
     )
+
+
+class DropoutPart(torch.nn.Module):
+    """torch.nn.Dropout, whose masks our generator makes of a seed from torch's; few numbers stay torch's."""
+
+    p: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_small(input):
+            small: Tensor = super().forward(input)
+            return small
+        return ops.dropout(input, self.p, self.training)
+
+
+def _probability(module: Any) -> float | None:
+    """What a module drops in training; None where it is to be asked itself: torch's own masks are kept, or it is another's class."""
+    if isinstance(module, torch.nn.Identity):
+        return 0.0
+    p: float | None = module.p if isinstance(module, torch.nn.Dropout) else None
+    return p if (p == 0.0 or isinstance(module, DropoutPart)) and not _has_hooks(module) else None
+
+
+def drops_of(block: Any, attn: Any, mlp_dropout: Any) -> tuple[float, float] | None:
+    """The probabilities with which one op drops attention's weights and what both halves add; None where it cannot."""
+    if not block.training:
+        return 0.0, 0.0
+    attention, first, second = map(_probability, (attn.attn_dropout, attn.resid_dropout, mlp_dropout))
+    # nanoGPT's attention reads a number of its own.
+    if attention is None or first is None or first != second or getattr(attn, "dropout", attention) != attention:
+        return None
+    return attention, first
 
 
 class _KeptFromGraph(torch.autograd.Function):
@@ -90,15 +121,16 @@ class GPT2BlockPart(torch.nn.Module):
         mlp: Any = self.mlp
         return self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj
 
-    def _is_whole(self) -> bool:
+    def _drops(self) -> tuple[float, float] | None:
+        """The dropout of a block that one op computes, else None."""
         attn: Any = self.attn
         mlp: Any = self.mlp
         ln_1, c_attn, c_proj, ln_2, c_fc, out = self._parts()
-        return (
-            attn.config._attn_implementation == "fastgpt"
-            and not (self.training and (attn.attn_dropout.p or attn.resid_dropout.p or mlp.dropout.p))
-            and are_plain((c_attn, c_proj, c_fc, out), (ln_1, ln_2, attn, mlp), "Conv1D")
-        )
+        if attn.config._attn_implementation != "fastgpt" or not are_plain(
+            (c_attn, c_proj, c_fc, out), (ln_1, ln_2, attn, mlp, mlp.act), "Conv1D"
+        ):
+            return None
+        return drops_of(self, attn, mlp.dropout)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         note: BlockNote = self.__dict__[NOTE]
@@ -109,23 +141,26 @@ class GPT2BlockPart(torch.nn.Module):
             and all(given.get(name) is None for name in ("encoder_hidden_states", "head_mask"))
             and not given.get("output_attentions")
             and covers(x)
-            and self._is_whole()
+            and (drops := self._drops()) is not None
         ):
             y = None
             cached = 0 if cache is None else cache.get_seq_length(_layer(self))
             if mask is None and cached == 0:
-                y = self._in_one_call(x, cache)
-            elif cache is not None and x.shape[1] == 1 and reads_few_rows(x):
+                y = self._in_one_call(x, cache, drops)
+            elif cache is not None and x.shape[1] == 1 and reads_few_rows(x) and not any(drops):
                 y = self._one_token(x, cache, mask)
             if y is not None:
                 return (y,) if note.in_tuple else y
         return super().forward(hidden_states, *args, **kwargs)
 
-    def _in_one_call(self, x: Tensor, cache: Any) -> Tensor:
+    def _in_one_call(self, x: Tensor, cache: Any, drops: tuple[float, float]) -> Tensor:
         params = [p.t() if p.dim() == 2 else p for part in self._parts() for p in (part.weight, part.bias)]
         note: BlockNote = self.__dict__[NOTE]
         attn: Any = self.attn
-        y, qkv = transformer_block_with_qkv(x, params, n_head=attn.num_heads, activation=note.activation, eps=note.eps)
+        y, qkv = transformer_block_with_qkv(
+            x, params, n_head=attn.num_heads, activation=note.activation, eps=note.eps,
+            attention_dropout=drops[0], dropout=drops[1],
+        )  # fmt: skip
         if cache is not None:
             if y.requires_grad:
                 qkv = _KeptFromGraph.apply(qkv, x)
@@ -154,28 +189,34 @@ class BlockPart(torch.nn.Module):
     """nanoGPT's and minGPT's Block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
     def _parts(self) -> tuple[Any, ...]:
+        """Norms and linear layers in order, then the MLP's activation and its dropout."""
         attn: Any = self.attn
         mlp: Any = self.mlp
-        fc, out = (mlp["c_fc"], mlp["c_proj"]) if isinstance(mlp, torch.nn.ModuleDict) else (mlp.c_fc, mlp.c_proj)
-        return self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, fc, out
+        if isinstance(mlp, torch.nn.ModuleDict):  # minGPT's
+            rest = mlp["c_fc"], mlp["c_proj"], mlp["act"], mlp["dropout"]
+        else:
+            rest = mlp.c_fc, mlp.c_proj, getattr(mlp, "gelu", None) or mlp.act, mlp.dropout
+        return self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, *rest
 
-    def _is_whole(self) -> bool:
-        attn: Any = self.attn
-        mlp: Any = self.mlp
-        dropout = mlp["dropout"] if isinstance(mlp, torch.nn.ModuleDict) else mlp.dropout
-        ln_1, c_attn, c_proj, ln_2, c_fc, out = self._parts()
-        return not (self.training and (attn.attn_dropout.p or attn.resid_dropout.p or dropout.p)) and are_plain(
-            (c_attn, c_proj, c_fc, out), (ln_1, ln_2, attn, mlp), "Linear"
-        )
+    def _drops(self) -> tuple[float, float] | None:
+        """The dropout of a block that one op computes, else None."""
+        ln_1, c_attn, c_proj, ln_2, c_fc, out, act, dropout = self._parts()
+        if not are_plain((c_attn, c_proj, c_fc, out), (ln_1, ln_2, self.attn, self.mlp, act), "Linear"):
+            return None
+        return drops_of(self, self.attn, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (covers(x) and self._is_whole()):
+        drops = self._drops() if covers(x) else None
+        if drops is None:
             y: Tensor = super().forward(x)
             return y
-        params = [p for part in self._parts() for p in (part.weight, part.bias)]
+        params = [p for part in self._parts()[:6] for p in (part.weight, part.bias)]
         note: BlockNote = self.__dict__[NOTE]
         attn: Any = self.attn
-        return ops.transformer_block(x, params, n_head=attn.n_head, activation=note.activation, eps=note.eps)
+        return ops.transformer_block(
+            x, params, n_head=attn.n_head, activation=note.activation, eps=note.eps,
+            attention_dropout=drops[0], dropout=drops[1],
+        )  # fmt: skip
 
 
 def activation_of(module: torch.nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastgpt import ops
+from fastgpt.compat.blocks import DropoutPart
 from fastgpt.nn.fallback import is_small
 
 NAME = "fastgpt"
@@ -41,7 +42,9 @@ def attention_forward(
     what = None
     if attention_mask is not None:
         what = "a mask"
-    elif dropout:
+    elif dropout and not isinstance(
+        getattr(module, "attn_dropout", None), DropoutPart
+    ):  # else `accelerate` made it ours
         what = "dropout on the probabilities"
     elif any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
         what = "a position bias, a soft cap or a paged cache"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import nn, ops
-from fastgpt.compat.blocks import BlockPart, Conv1DPart, GPT2BlockPart
+from fastgpt.compat.blocks import BlockPart, Conv1DPart, DropoutPart, GPT2BlockPart
 from fastgpt.compat.loss import CausalLMPart, GPTPart
 from fastgpt.functional import scaled_dot_product_attention
 from fastgpt.nn.fallback import is_small
@@ -88,7 +88,7 @@ class LayerNormPart(torch.nn.Module):
 
 
 class CausalSelfAttentionPart(torch.nn.Module):
-    """nanoGPT's and minGPT's attention: one projection, the heads side by side, dropout on the probabilities only while training."""
+    """nanoGPT's and minGPT's attention: one projection, the heads side by side."""
 
     c_attn: torch.nn.Module
     c_proj: torch.nn.Module
@@ -97,11 +97,13 @@ class CausalSelfAttentionPart(torch.nn.Module):
     n_head: int
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.attn_dropout.p:
-            return super().forward(x)
+        p = self.attn_dropout.p if self.training else 0.0
+        if p and (not isinstance(self.attn_dropout, DropoutPart) or getattr(self, "dropout", p) != p):
+            return super().forward(x)  # torch's masks are kept
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
-        y = scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        masked = functools.partial(ops.attention, dropout_p=p)
+        y = (masked if p else scaled_dot_product_attention)(q, k, v, is_causal=True)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -115,6 +117,7 @@ _PARTS = {
         LayerNormPart,
         CausalSelfAttentionPart,
         Conv1DPart,
+        DropoutPart,
         GPT2BlockPart,
         BlockPart,
         CausalLMPart,

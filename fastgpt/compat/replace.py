@@ -14,7 +14,7 @@ import torch
 
 from fastgpt import nn
 from fastgpt.compat import blocks, loss, parts
-from fastgpt.nn.fallback import whatever_size
+from fastgpt.nn.fallback import SMALLEST, is_small, whatever_size
 
 _BEFORE = "_fastgpt_class"
 _ATTENTION = "_fastgpt_attention"
@@ -30,6 +30,23 @@ _TORCH: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 _LEFT = {
     torch.nn.ReLU: "ops.relu is no faster than torch's",
 }
+# What of our classes stays torch's in single calls; SMALLEST says what was measured.
+_FEW = f"torch's on the CPU below {SMALLEST['pointwise']:,} numbers a call"
+_TORCHS: dict[type[Any], str] = {
+    parts.UnlessSmallPart: _FEW,
+    parts.DropoutPart: f"masks of our generator; {_FEW}",
+    parts.LayerNormPart: _FEW,
+    parts.GatedMLPPart: _FEW,
+    nn.Linear: "torch's but for up to 8 float32 rows without gradients on the CPU",
+    parts.Conv1DPart: "as before but for up to 8 float32 rows without gradients on the CPU",
+    nn.MultiheadAttention: f"torch's with masks, need_weights=True, and on the CPU below {SMALLEST['layer']:,} numbers a call",
+    nn.TransformerEncoderLayer: f"torch's with masks, and on the CPU below {SMALLEST['layer']:,} numbers a call",
+    parts.BlockPart: "its parts on a GPU",
+    parts.GPT2BlockPart: "its parts on a GPU, with a mask over a whole text, a head mask, cross-attention or hooks",
+    parts.CausalLMPart: "as before in evaluation mode and without labels",
+    parts.GPTPart: "as before in evaluation mode and without targets",
+}
+_PRODUCTS = ("Linear", "Conv1D")
 _HF_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 _HF_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 _HF_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2")
@@ -37,13 +54,31 @@ _HF_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2")
 
 @dataclasses.dataclass
 class Report:
-    """What `accelerate` did: `replaced` maps a class to how many modules of it are ours now, `left` a class to why it was not."""
+    """What `accelerate` did.
+
+    Attributes:
+        replaced: a class -> how many modules of it are ours now.
+        partly: a replaced class -> which calls of it are computed as before, because that is faster or the op does not do it.
+        left: a class -> why it, or some modules of it, were not replaced.
+    """
 
     replaced: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    partly: dict[str, str] = dataclasses.field(default_factory=dict)
     left: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def count(self, name: str, faster: type[torch.nn.Module] | None = None) -> None:
+        """One more module of the class `name` is computed by `faster`."""
+        self.replaced[name] += 1
+        for kind in faster.__mro__ if faster is not None else ():
+            if kind in _TORCHS:
+                self.partly[name] = _TORCHS[kind]
+                break
+
     def __str__(self) -> str:
-        lines = [f"replaced {count} x {name}" for name, count in self.replaced.items()]
+        lines = []
+        for name, count in self.replaced.items():
+            partly = f" ({self.partly[name]})" if name in self.partly else ""
+            lines.append(f"replaced {count} x {name}{partly}")
         lines += [f"left {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines) or "nothing that fastgpt knows"
 
@@ -75,11 +110,18 @@ def _probe(weight: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
 
 
+def _weight(module: Any) -> torch.Tensor:
+    weight: torch.Tensor = module.weight
+    return weight
+
+
 def _by_parts(module: Any, report: Report) -> type[torch.nn.Module] | None:
     """Our class for a module that is recognised by its name and parts."""
     kind: Any = type(module)
     checked: list[tuple[type[torch.nn.Module], Callable[[], torch.Tensor]]] = []
     weight = getattr(module, "weight", None)
+    if kind is torch.nn.Dropout:
+        return parts.derived(parts.DropoutPart, kind)
     if kind in parts.POINTWISE:
         return parts.derived(parts.UnlessSmallPart, kind)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
@@ -185,18 +227,18 @@ def _set_loss(model: torch.nn.Module, report: Report, fused: bool) -> None:
             if fused and _BEFORE not in module.__dict__:
                 module.__dict__[_BEFORE] = kind
                 module.__class__ = parts.derived(parts.CausalLMPart, kind)
-                report.replaced[kind.__name__] += 1
+                report.count(kind.__name__, type(module))
         elif fused and loss.is_gpt(module) and _BEFORE not in module.__dict__:
             faster = parts.derived(parts.GPTPart, kind)
             if loss.same_loss(module, faster):
                 module.__dict__[_BEFORE] = kind
                 module.__class__ = faster
-                report.replaced[kind.__name__] += 1
+                report.count(kind.__name__, faster)
             else:
                 report.left[kind.__name__] = "its loss is another"
 
 
-def accelerate(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
+def accelerate(model: torch.nn.Module, *, fused_loss: bool = False, keep_dropout: bool = False) -> Report:
     """Replaces in place the parts of a model that our ops compute faster; weights, hooks, state_dict, device and mode stay.
 
     Args:
@@ -205,6 +247,8 @@ def accelerate(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
         fused_loss: of transformers' models and nanoGPT's GPT, compute the head and the loss of a training step in one op that never has
             the whole matrix of logits. `logits` is then None in training mode where labels are given; ask for them with an explicit
             `logits_to_keep=0` (transformers), in evaluation mode, or without labels.
+        keep_dropout: leave dropout in training to torch, so that a seed gives the masks it gave before: for comparing losses. Else
+            masks are ours, drawn from torch's default generator; torch's cost the CPU more than the products around them.
 
     Returns:
         A Report. What is not known is left as it is. Calling it again changes nothing more.
@@ -213,11 +257,11 @@ def accelerate(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
         TypeError: model is no torch.nn.Module.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.GELU())
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.CrossEntropyLoss())
         >>> print(accelerate(model))
-        replaced 1 x Linear
-        replaced 1 x LayerNorm
-        replaced 1 x GELU
+        replaced 1 x LayerNorm (torch's on the CPU below 16,384 numbers a call)
+        replaced 1 x CrossEntropyLoss
+        left Linear: torch's is faster where the weight has less than 524,288 numbers
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
@@ -225,6 +269,11 @@ def accelerate(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
     for module in model.modules():
         kind = type(module)
         if _BEFORE in module.__dict__ or kind in _TORCH.values():
+            continue
+        if keep_dropout and kind is torch.nn.Dropout:
+            report.left[kind.__name__] = (
+                "its masks are to be torch's; blocks and attention with dropout are as before in training"
+            )
             continue
         if kind in _LEFT:
             report.left[kind.__name__] = _LEFT[kind]
@@ -235,9 +284,14 @@ def accelerate(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
         if getattr(module, "inplace", False):
             report.left[kind.__name__] = "inplace=True"
             continue
+        if kind.__name__ in _PRODUCTS and is_small(_weight(module), "weight"):
+            report.left[kind.__name__] = (
+                f"torch's is faster where the weight has less than {SMALLEST['weight']:,} numbers"
+            )
+            continue
         module.__dict__[_BEFORE] = kind
         module.__class__ = faster
-        report.replaced[kind.__name__] += 1
+        report.count(kind.__name__, faster)
     _set_attention(model, report)
     _set_loss(model, report, fused_loss)
     return report

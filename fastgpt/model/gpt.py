@@ -103,13 +103,13 @@ class Block(torch.nn.Module):
 
     def _whole_parts(self) -> tuple[torch.nn.Module, ...] | None:
         """Norms and linear layers in order, where they are what the constructor made, so that one op may stand for all of them: no
-        other module in the place of one (LoRA), no hook that expects to see its result, no dropout to apply. Else None."""
+        other module in the place of one (LoRA), no hook that expects to see its result, one probability of dropout. Else None."""
         attn, mlp = self.attn, self.mlp
         if (
             type(attn) is not CausalSelfAttention
             or type(mlp) is not MLP
             or mlp.activation not in ACTIVATIONS
-            or (self.training and (attn.dropout or mlp.dropout))
+            or (self.training and attn.dropout != mlp.dropout)
         ):
             return None
         parts = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
@@ -121,8 +121,9 @@ class Block(torch.nn.Module):
         params = [part._parameters[name] for part in parts for name in ("weight", "bias")]
         attn, mlp, ln_1 = self.attn, self.mlp, cast(LayerNorm, parts[0])
         heads, kv_heads, _ = attn.heads
+        dropout = attn.dropout if self.training else 0.0
         return ops.transformer_block(
-            x, params, n_head=heads, n_kv_head=kv_heads, activation=mlp.activation, eps=ln_1.eps
+            x, params, n_head=heads, n_kv_head=kv_heads, activation=mlp.activation, eps=ln_1.eps, dropout=dropout
         )
 
 

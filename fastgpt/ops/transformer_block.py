@@ -5,7 +5,8 @@
 
 In a small model most of a step is the way through Python and the dispatcher, thirteen times a block; in a large one the passes
 over memory between the products. `fastgpt.model.Block` takes this op where `covers` says so, and the same parts one by one
-elsewhere. Formula in reference/, made of the parts' own formulas.
+elsewhere. In training attention's weights, and what each half adds to x, may be dropped out. Formula in reference/, made of the
+parts' own formulas.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from fastgpt.ops import backend, reference
 from fastgpt.ops.backend import NotCovered, below_autograd, define
 from fastgpt.ops.bias_activation import KINDS
+from fastgpt.ops.dropout import MAX_SEED, threshold
 from fastgpt.ops.linear import empty_gradient, is_transposed, products_in_halves
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -39,6 +41,19 @@ def _sizes(x: Tensor, params: Sequence[Tensor | None], heads: int, kv_heads: int
     fc = params[8]
     assert fc is not None
     return KINDS[activation], batch, time, width, heads, kv_heads, fc.shape[0]
+
+
+_Drops = tuple[list[int], list[int], list[float]]  # seeds, thresholds and scales of attention, projection and MLP
+
+
+def _drops(seeds: Tensor | None, attention_p: float, p: float) -> _Drops:
+    """Dropout as the engine takes it."""
+    if seeds is None:
+        return [0] * 3, [0] * 3, [1.0] * 3
+    if max(attention_p, p) >= 1.0:
+        raise NotCovered("p = 1")
+    ps = (attention_p, p, p)
+    return [seed & (2**64 - 1) for seed in seeds.tolist()], [threshold(q) for q in ps], [1.0 / (1.0 - q) for q in ps]
 
 
 def _check_dtypes(x: Tensor, params: Sequence[Tensor | None], inner: torch.dtype) -> tuple[int, int, int]:
@@ -88,14 +103,14 @@ def _state(middle: Tensor, inner: Tensor, stats: Tensor, widths: tuple[int, int,
 def _cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastgpt.ops import cpu
 
-    *params, heads, kv_heads, eps, activation, inner, keeps = arguments
-    codes = _check_dtypes(x, params, inner)
+    *params, heads, kv_heads, eps, activation, inner, seeds, attention_p, p, keeps = arguments
+    codes, drops = _check_dtypes(x, params, inner), _drops(seeds, attention_p, p)
     x, transposed = x.contiguous(), _transposed(params)
     params = _laid_out(params, transposed)
     rows, widths = x.shape[0] * x.shape[1], _widths(x, params)
     y, middle, kept, stats = _results(x, params, heads, inner, keeps)
     cpu.kernels.transformer_block(
-        *codes, products_in_halves(inner), transposed, _sizes(x, params, heads, kv_heads, activation), eps,
+        *codes, products_in_halves(inner), transposed, _sizes(x, params, heads, kv_heads, activation), eps, *drops,
         [cpu.address(p) for p in params], x.data_ptr(),
         _state(middle, kept, stats, widths, rows), y.data_ptr(), cpu.threads(),
     )  # fmt: skip
@@ -117,8 +132,8 @@ def _cpu_backward(
 ) -> list[Tensor]:
     from fastgpt.ops import cpu
 
-    *params, heads, kv_heads, eps, activation, inner, needs_params = arguments
-    codes = _check_dtypes(x, params, inner)
+    *params, heads, kv_heads, eps, activation, inner, seeds, attention_p, p, needs_params = arguments
+    codes, drops = _check_dtypes(x, params, inner), _drops(seeds, attention_p, p)
     if grad.dtype != x.dtype:
         raise NotCovered(f"a gradient of {grad.dtype} for an input of {x.dtype}")
     grad, x, transposed = grad.contiguous(), x.contiguous(), _transposed(params)
@@ -127,7 +142,7 @@ def _cpu_backward(
     dx = torch.empty_like(x)
     gradients = _gradients(x, params, needs_params)
     cpu.kernels.transformer_block_backward(
-        *codes, products_in_halves(inner), transposed, _sizes(x, params, heads, kv_heads, activation), eps,
+        *codes, products_in_halves(inner), transposed, _sizes(x, params, heads, kv_heads, activation), eps, *drops,
         [cpu.address(p) for p in params], x.data_ptr(),
         _state(middle, kept, stats, widths, rows), grad.data_ptr(), dx.data_ptr(),
         [g.data_ptr() if g.numel() else 0 for g in gradients], cpu.threads(),
@@ -144,14 +159,14 @@ def _gradients(x: Tensor, params: Sequence[Tensor | None], needed: bool) -> list
 
 
 def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *params, heads, _kv_heads, _eps, _activation, inner, keeps = arguments
+    *params, heads, _kv_heads, _eps, _activation, inner, _seeds, _attention_p, _p, keeps = arguments
     return _results(x, params, heads, inner, keeps)
 
 
 def _fake_backward(
     grad: Tensor, x: Tensor, middle: Tensor, kept: Tensor, stats: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    *params, _heads, _kv_heads, _eps, _activation, _inner, needs_params = arguments
+    *params, _heads, _kv_heads, _eps, _activation, _inner, _seeds, _attention_p, _p, needs_params = arguments
     return [x.new_empty(x.shape), *_gradients(x, params, needs_params)]
 
 
@@ -159,8 +174,9 @@ class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         y, *kept = below_autograd(_transformer_block, x, *arguments)
-        ctx.save_for_backward(x, *kept, *arguments[:12])
-        ctx.options = arguments[12:-1]
+        *_, seeds, attention_p, p, _keeps = arguments
+        ctx.save_for_backward(x, *kept, *arguments[:12], seeds)
+        ctx.options, ctx.drops = arguments[12:17], (attention_p, p)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         return y, *kept
@@ -172,15 +188,17 @@ class _Rule(torch.autograd.Function):
         if grad is None:
             return (None,) * len(needs)
         needs_params = any(needs[1:13])
-        dx, *gradients = _transformer_block_backward(grad, *ctx.saved_tensors, *ctx.options, needs_params)
+        *saved, seeds = ctx.saved_tensors
+        dx, *gradients = _transformer_block_backward(grad, *saved, *ctx.options, seeds, *ctx.drops, needs_params)
         wanted = [g if need else None for g, need in zip(gradients, needs[1:13], strict=True)]
-        return dx if needs[0] else None, *wanted, *(None for _ in range(6))
+        return dx if needs[0] else None, *wanted, *(None for _ in range(9))
 
 
 _PARAMS = (
     "Tensor norm1_weight, Tensor? norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias,"
     " Tensor norm2_weight, Tensor? norm2_bias, Tensor fc_weight, Tensor? fc_bias, Tensor out_weight, Tensor? out_bias,"
-    " int heads, int kv_heads, float eps, str activation, ScalarType inner"
+    " int heads, int kv_heads, float eps, str activation, ScalarType inner,"
+    " Tensor? seeds, float attention_p, float p"
 )
 _transformer_block = define(
     f"transformer_block(Tensor x, {_PARAMS}, bool keeps) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -219,6 +237,9 @@ def transformer_block(
     n_kv_head: int | None = None,
     activation: str = "gelu_tanh",
     eps: float = 1e-5,
+    attention_dropout: float = 0.0,
+    dropout: float = 0.0,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """One pre-norm block of a GPT: causal self-attention, then the MLP, each behind a layer norm and added to the input.
 
@@ -231,6 +252,9 @@ def transformer_block(
         n_head, n_kv_head: heads of queries, and of keys and values (n_head where None).
         activation: "relu", "sigmoid", "tanh", "gelu", "gelu_tanh" or "silu".
         eps: added to the norms' variance.
+        attention_dropout, dropout: the probability of one of attention's weights, and of one number that a half adds to the input, to
+            be dropped; the masks are those of `ops.dropout`, of elements in the order (B, H, T, T) and (B, T, C).
+        seeds: (3,) int64 of attention's weights, of the first and of the second half; None draws them from torch's default generator.
 
     Products follow torch: under autocast what lies between them is kept in its dtype; with
     `torch.set_float32_matmul_precision("medium")` float32 numbers are multiplied as bfloat16 and summed in float32.
@@ -239,11 +263,12 @@ def transformer_block(
         (B, T, C) in the input's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation.
+        ValueError: shapes that do not fit, an unknown activation, a probability outside of [0, 1].
     """
     return transformer_block_with_qkv(
-        input, params, n_head=n_head, n_kv_head=n_kv_head, activation=activation, eps=eps
-    )[0]
+        input, params, n_head=n_head, n_kv_head=n_kv_head, activation=activation, eps=eps,
+        attention_dropout=attention_dropout, dropout=dropout, seeds=seeds,
+    )[0]  # fmt: skip
 
 
 def transformer_block_with_qkv(
@@ -254,6 +279,9 @@ def transformer_block_with_qkv(
     n_kv_head: int | None = None,
     activation: str = "gelu_tanh",
     eps: float = 1e-5,
+    attention_dropout: float = 0.0,
+    dropout: float = 0.0,
+    seeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`transformer_block`, and the queries, keys and values it made, (B, T, (H + 2 H_kv) D) in the dtype between the products: for a
     cache. They carry no gradient and share memory with what the backward reads, so that they are not to be written to."""
@@ -275,10 +303,21 @@ def transformer_block_with_qkv(
         if (p is None and i % 2 == 0) or (p is not None and p.shape != shape):
             got = None if p is None else tuple(p.shape)
             raise ValueError(f"transformer_block: params[{i}] has shape {got}, expected {shape}")
+    if not (0.0 <= attention_dropout <= 1.0 and 0.0 <= dropout <= 1.0):
+        raise ValueError(f"transformer_block: dropout is {attention_dropout} and {dropout}, expected 0 to 1")
+    if seeds is not None and (seeds.shape != (3,) or seeds.dtype != torch.int64):
+        raise ValueError(
+            f"transformer_block: seeds is {seeds.dtype} of shape {tuple(seeds.shape)}, expected int64 (3,)"
+        )
+    if attention_dropout == dropout == 0.0:
+        seeds = None
+    elif seeds is None:
+        seeds = torch.randint(MAX_SEED, (3,), dtype=torch.int64, device=input.device)
     inner = input.dtype
     if torch.is_autocast_enabled(input.device.type):
         inner = torch.get_autocast_dtype(input.device.type)
     keeps = torch.is_grad_enabled() and (input.requires_grad or any(p is not None and p.requires_grad for p in params))
-    y, _, kept, _ = _transformer_block(input, *params, n_head, n_kv_head, eps, activation, inner, keeps)
+    drops = (seeds, attention_dropout, dropout)
+    y, _, kept, _ = _transformer_block(input, *params, n_head, n_kv_head, eps, activation, inner, *drops, keeps)
     rows = input.shape[0] * input.shape[1]
     return y, kept[: rows * out].view(*input.shape[:2], out)
