@@ -1,8 +1,12 @@
 """The same ids as tiktoken, for its public encodings and for other patterns."""
 
 import glob
+import json
 import os
+import pickle
 import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -101,6 +105,28 @@ def test_real_texts(pair) -> None:
         assert ours.decode(expected) == text
         documents = text.split("\n\n")
         assert ours.encode_ordinary_batch(documents, num_threads=2) == theirs.encode_ordinary_batch(documents)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_merging_of_every_instruction_set(pair, isa: str) -> None:
+    theirs, _ = pair
+    text = "\n".join(text[:60_000] for text in corpora())
+    code = (
+        "import pickle, sys; from fastgpt import Tokenizer; name, path, pattern, special, text = pickle.load(sys.stdin.buffer); "
+        "print(list(Tokenizer.from_tiktoken(path, pattern, special).encode_ordinary(text)))"
+    )
+    encoding = ENCODINGS[theirs.name]
+    path = str(shared("data/vocab") / f"{theirs.name}.tiktoken")
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps((theirs.name, path, encoding.pattern, encoding.special_tokens, text)),
+        env=os.environ | {"FASTGPT_CPU_ISA": isa},
+        capture_output=True,
+        check=False,
+    )
+    if isa.encode() in run.stderr and b"this machine has no" in run.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert json.loads(run.stdout) == theirs.encode_ordinary(text)
 
 
 def test_every_character(pair) -> None:

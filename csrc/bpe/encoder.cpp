@@ -65,6 +65,15 @@ struct Encoder::Worker {
   uint32_t ends[kBatchSpans];
   WordCache::Probe probes[kGroup];
   uint8_t text[kShortBytes + kRoom] = {};
+  struct Group {  // the pre-tokens that `probes` are of
+    const uint8_t* text;
+    const uint32_t* ends;
+    size_t size;
+    bool merged;  // whether those that were missing have been brought into the cache
+  } group = {};
+  MergeJob jobs[kGroup];    // the missing ones
+  uint32_t missed[kGroup];  // their numbers
+  uint32_t ids[kGroup * MergeJob::kMaxBytes];
 };
 
 // A worker of the encoder for the time of one call, or a new one when all are in use.
@@ -105,7 +114,10 @@ class Encoder::Borrowed {
 };
 
 Encoder::Encoder(Vocabulary vocabulary, std::optional<Pattern> pattern, bool whole_first)
-    : vocabulary_(std::move(vocabulary)), pattern_(pattern), whole_first_(whole_first) {
+    : vocabulary_(std::move(vocabulary)),
+      pattern_(pattern),
+      whole_first_(whole_first),
+      look_whole_(whole_first && !vocabulary_.merging_finds_tokens()) {
   if (pattern) scan_ = scanner_for(*pattern);
 }
 
@@ -113,7 +125,7 @@ Encoder::~Encoder() = default;
 
 // The ids of a pre-token by vocabulary and merging. padded[0, n + Vocabulary::kPadding) is readable.
 size_t Encoder::merge_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const {
-  if (whole_first_) {
+  if (look_whole_ || (whole_first_ && n > MergeJob::kMaxBytes)) {
     out[0] = vocabulary_.find(padded, n);
     if (out[0] != kNone) return 1;
   }
@@ -160,15 +172,73 @@ size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, si
   return count;
 }
 
-// The ids of one pre-token with room behind it, whose probe has been made where it is of at most WordCache::kMaxBytes.
+// Merges those of `count` pre-tokens that are not in the cache, all in step, and puts them there. The first begins at
+// text + begin; number i ends at text + ends[i] and has probes[i].
+[[gnu::noinline]] void Encoder::merge_missing(Worker& worker, const uint8_t* text, size_t begin, const uint32_t* ends,
+                                              const WordCache::Probe* probes, size_t count) const {
+  size_t jobs = 0;
+  uint32_t* ids = worker.ids;
+  uint32_t found[WordCache::kSlackIds + WordCache::kMaxFarBytes];
+  for (size_t i = 0; i < count; begin = ends[i++]) {
+    const uint8_t* const p = text + begin;
+    const size_t n = ends[i] - begin;
+    if (n > MergeJob::kMaxBytes) continue;
+    if (n <= WordCache::kMaxBytes) {
+      if (n <= 15 && WordCache::find_quick(probes[i], n, found)) continue;
+      if (worker.cache.find(probes[i], p, n, found)) continue;
+    } else if (worker.cache.find_far(p, n, found)) {
+      continue;
+    }
+    if (look_whole_) {
+      const uint32_t id = vocabulary_.find(p, n);
+      if (id != kNone) continue;  // one look-up: left to whoever needs it
+    }
+    worker.missed[jobs] = static_cast<uint32_t>(i);
+    worker.jobs[jobs++] = {p, static_cast<uint32_t>(n), 0, ids};
+    ids += n;
+  }
+  merge_pieces(vocabulary_, worker.jobs, jobs, worker.scratch);
+  for (size_t i = 0; i < jobs; ++i) {
+    const MergeJob& job = worker.jobs[i];
+    // A pre-token that stands in the group twice is kept once: copies would take the places of others.
+    if (job.size > WordCache::kMaxBytes) {
+      if (worker.cache.find_far(job.bytes, job.size, found)) continue;
+      worker.cache.insert_far(job.bytes, job.size, job.ids, job.count);
+    } else {
+      const WordCache::Probe& probe = probes[worker.missed[i]];
+      if (worker.cache.find(probe, job.bytes, job.size, found)) continue;
+      worker.cache.insert(probe, job.bytes, job.size, job.ids, job.count);
+    }
+  }
+}
+
+// The ids of a pre-token of worker.group that stands at no first place. The first one of a group that the cache does
+// not have brings in all that follow.
+[[gnu::noinline]] size_t Encoder::find_or_merge_group(Worker& worker, const WordCache::Probe& probe, const uint8_t* p,
+                                                      size_t n, uint32_t* out) const {
+  if (n <= WordCache::kMaxBytes) {
+    if (const size_t count = worker.cache.find(probe, p, n, out)) return count;
+  } else if (n <= WordCache::kMaxFarBytes) {
+    if (const size_t count = worker.cache.find_far(p, n, out)) return count;
+  }
+  Worker::Group& group = worker.group;
+  if (!group.merged) {
+    group.merged = true;
+    const size_t place = static_cast<size_t>(&probe - worker.probes);
+    merge_missing(worker, group.text, static_cast<size_t>(p - group.text), group.ends + place, &probe,
+                  group.size - place);
+  }
+  return n <= WordCache::kMaxBytes ? find_or_merge(worker, probe, p, n, out) : merge_long_word(worker, p, n, out);
+}
+
+// The ids of one pre-token of worker.group, whose probe has been made where it is of at most WordCache::kMaxBytes.
 inline uint32_t* Encoder::encode_probed(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
                                         uint32_t* out) const {
   if (__builtin_expect(n <= 15, 1)) {
     const size_t count = WordCache::find_quick(probe, n, out);
     if (__builtin_expect(count != 0, 1)) return out + count;
   }
-  if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) return out + find_or_merge(worker, probe, p, n, out);
-  return out + merge_long_word(worker, p, n, out);
+  return out + find_or_merge_group(worker, probe, p, n, out);
 }
 
 // The ids of the pre-tokens that begin at `begin` and end at worker.ends[0, spans).
@@ -188,6 +258,7 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t read
         __builtin_prefetch(worker.probes[i - group].line);
       }
     }
+    worker.group = {text, worker.ends + group, group_end - group, false};
     for (size_t i = group; i < group_end; begin = worker.ends[i++]) {
       out = encode_probed(worker, worker.probes[i - group], text + begin, worker.ends[i] - begin, out);
     }

@@ -107,6 +107,10 @@ class Encoder {
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
   uint32_t* encode_probed(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
                           uint32_t* out) const;
+  size_t find_or_merge_group(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
+                             uint32_t* out) const;
+  void merge_missing(Worker& worker, const uint8_t* text, size_t begin, const uint32_t* ends,
+                     const WordCache::Probe* probes, size_t count) const;
   uint32_t* encode_words(Worker& worker, const uint8_t* text, size_t readable, size_t begin, size_t spans,
                          uint32_t* out) const;
   size_t find_or_merge(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const;
@@ -116,6 +120,7 @@ class Encoder {
   Vocabulary vocabulary_;
   std::optional<Pattern> pattern_;
   bool whole_first_;
+  bool look_whole_;  // merging alone would miss some tokens
   ScanFn scan_ = nullptr;
   mutable std::unique_ptr<Worker> workers_[kWorkers];
   mutable std::atomic<bool> busy_[kWorkers] = {};

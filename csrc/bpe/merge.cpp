@@ -2,20 +2,30 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <functional>
+#include <string_view>
 #include <utility>
+
+#include "bpe/scanner.h"
 
 namespace fastgpt::bpe {
 namespace {
 
 constexpr size_t kRadixBits = 11;
-constexpr size_t kSmall = 64;  // bytes up to which the scan beats the heap: the bits of a word
-constexpr int kPlaceBits = 6;  // for a place among them
-constexpr size_t kMaxRank = size_t{1} << (31 - kPlaceBits);
-constexpr size_t kLanes = 8;
 constexpr size_t kKeptBytes = size_t{4} << 20;  // scratch memory above this is given back
 
-// Joins by content: tiktoken's rule.
+#include "bpe/merge_lanes.inl"
+
+// Joins by the table of pairs.
+struct ByTable {
+  const Vocabulary& vocabulary;
+  Merge operator()(const uint8_t*, size_t, uint32_t left, uint32_t right) const {
+    return vocabulary.find_merge(left, right);
+  }
+};
+
+// Joins by content: tiktoken's rule, for vocabularies too large for the table.
 struct ByBytes {
   const Vocabulary& vocabulary;
   Merge operator()(const uint8_t* p, size_t n, uint32_t, uint32_t) const {
@@ -23,82 +33,6 @@ struct ByBytes {
     return {id, id};
   }
 };
-
-// Joins by a list of pairs: the rule of minbpe and of Hugging Face's files.
-struct ByPairs {
-  const Vocabulary& vocabulary;
-  Merge operator()(const uint8_t*, size_t, uint32_t left, uint32_t right) const {
-    return vocabulary.find_merge(left, right);
-  }
-};
-
-// The scan: symbols stay where they begin and a bit mask says which are left, so nothing moves. A key is the rank of
-// the pair that a symbol makes with the next one, its place in the lowest bits, so the least key is the leftmost of the
-// pairs of lowest rank. Needs ranks below kMaxRank
-// and 1 <= n <= kSmall.
-template <class Join>
-[[gnu::always_inline]] inline size_t merge_small_inline(const Vocabulary& vocabulary, const Join& join,
-                                                        const uint8_t* p, size_t n, uint32_t* out) {
-  alignas(64) uint32_t key[kSmall];
-  uint32_t id[kSmall], joined[kSmall];
-  const size_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  for (size_t i = padded - kLanes; i < padded; ++i) key[i] = kNone;
-  for (size_t i = 0; i < n; ++i) id[i] = vocabulary.byte_id(p[i]);
-  auto look = [&](size_t left, size_t right, size_t end) {
-    const Merge m = join(p + left, end - left, id[left], id[right]);
-    key[left] = m.rank == kNone ? kNone : m.rank << kPlaceBits | static_cast<uint32_t>(left);
-    joined[left] = m.id;
-  };
-  for (size_t i = 0; i + 1 < n; ++i) look(i, i + 1, i + 2);
-  uint64_t left = ~uint64_t{0} >> (kSmall - n);
-  for (;;) {
-    uint32_t best = kNone;
-    for (size_t i = 0; i < padded; ++i) best = std::min(best, key[i]);
-    if (best == kNone) break;
-    const size_t at = best & (kSmall - 1);
-    // The symbols after this one: the one that is joined, its right neighbour, the one after that.
-    uint64_t after = left & ~uint64_t{1} << at;
-    const int gone = std::countr_zero(after);
-    left ^= uint64_t{1} << gone;
-    key[gone] = key[at] = kNone;
-    id[at] = joined[at];
-    after &= after - 1;
-    const size_t right = after ? static_cast<size_t>(std::countr_zero(after)) : n;
-    if (after) {
-      after &= after - 1;
-      look(at, right, after ? static_cast<size_t>(std::countr_zero(after)) : n);
-    }
-    if (const uint64_t before = left & ((uint64_t{1} << at) - 1)) {
-      look(static_cast<size_t>(63 - std::countl_zero(before)), at, right);
-    }
-  }
-  size_t count = 0;
-  for (; left; left &= left - 1) out[count++] = id[std::countr_zero(left)];
-  return count;
-}
-
-template <class Join>
-size_t merge_small_portable(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out) {
-  return merge_small_inline(vocabulary, join, p, n, out);
-}
-
-#if defined(__x86_64__)
-template <class Join>
-[[gnu::target("avx2,bmi,lzcnt")]] size_t merge_small_avx2(const Vocabulary& vocabulary, const Join& join,
-                                                          const uint8_t* p, size_t n, uint32_t* out) {
-  return merge_small_inline(vocabulary, join, p, n, out);
-}
-const bool kHasAvx2 =
-    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("lzcnt");
-#endif
-
-template <class Join>
-size_t merge_small(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out) {
-#if defined(__x86_64__)
-  if (kHasAvx2) return merge_small_avx2(vocabulary, join, p, n, out);
-#endif
-  return merge_small_portable(vocabulary, join, p, n, out);
-}
 
 // Sorts candidates (rank << 32 | position) that ascend by position: a stable radix sort by rank, which for a megabyte
 // costs a fifth of sorting by comparing.
@@ -187,18 +121,111 @@ size_t merge_large(const Vocabulary& vocabulary, const Join& join, const uint8_t
   return count;
 }
 
+// The ids that a token's bytes become where it is no token itself: those of two halves, or of more.
 template <class Join>
-size_t merge_with(const Vocabulary& vocabulary, const Join& join, const uint8_t* p, size_t n, uint32_t* out,
-                  MergeScratch& scratch) {
-  if (n <= kSmall && vocabulary.ranks() <= kMaxRank) return merge_small(vocabulary, join, p, n, out);
-  return merge_large(vocabulary, join, p, n, out, scratch);
+size_t merge_shorter(const Vocabulary& vocabulary, const Join& join, std::string_view token, uint32_t* ids,
+                     MergeScratch& scratch) {
+  const size_t n = token.size();
+  const uint8_t* const p = reinterpret_cast<const uint8_t*>(token.data());
+  if (n > MergeJob::kMaxBytes) return merge_large(vocabulary, join, p, n, ids, scratch);
+  uint32_t ranks[MergeJob::kMaxBytes];
+  for (size_t i = 0; i < n; ++i) ids[i] = vocabulary.byte_id(p[i]);
+  for (size_t i = 0; i + 1 < n; ++i) ranks[i] = vocabulary.find(p + i, 2);
+  size_t left = n;
+  while (left > 1) {
+    const size_t at = static_cast<size_t>(std::min_element(ranks, ranks + left - 1) - ranks);
+    if (ranks[at] == kNone) break;
+    ids[at] = ranks[at];
+    --left;
+    std::copy(ids + at + 2, ids + left + 1, ids + at + 1);
+    if (at + 1 < left) std::copy(ranks + at + 2, ranks + left, ranks + at + 1);
+    if (at + 1 < left) ranks[at] = join(p, 0, ids[at], ids[at + 1]).rank;
+    if (at) ranks[at - 1] = join(p, 0, ids[at - 1], ids[at]).rank;
+  }
+  return left;
 }
+
+// A table of pairs that grows.
+class PairMap {
+ public:
+  explicit PairMap(size_t pairs) : entries_(std::bit_ceil(2 * pairs + 16), Entry{kNone, kNone, 0}) {}
+  void add(uint32_t left, uint32_t right, uint32_t rank) {
+    size_t at = place(left, right);
+    while (entries_[at].left != kNone) at = (at + 1) & (entries_.size() - 1);
+    entries_[at] = {left, right, rank};
+  }
+  Merge operator()(const uint8_t*, size_t, uint32_t left, uint32_t right) const {
+    for (size_t at = place(left, right);; at = (at + 1) & (entries_.size() - 1)) {
+      const Entry& entry = entries_[at];
+      if (entry.left == left && entry.right == right) return {entry.rank, entry.rank};
+      if (entry.left == kNone) return {kNone, kNone};
+    }
+  }
+
+ private:
+  using Entry = MergeTable::Pair;
+  size_t place(uint32_t left, uint32_t right) const {
+    return mix(uint64_t{left} << 32 | right) & (entries_.size() - 1);
+  }
+  std::vector<Entry> entries_;
+};
 
 }  // namespace
 
+std::vector<MergeTable::Pair> pairs_of_tokens(const Vocabulary& vocabulary) {
+  std::vector<uint32_t> by_length;
+  for (uint32_t id = 0; id < vocabulary.slots(); ++id) {
+    if (vocabulary.bytes(id).size() > 1) by_length.push_back(id);
+  }
+  std::stable_sort(by_length.begin(), by_length.end(),
+                   [&](uint32_t a, uint32_t b) { return vocabulary.bytes(a).size() < vocabulary.bytes(b).size(); });
+  PairMap known(by_length.size());
+  std::vector<MergeTable::Pair> pairs;
+  pairs.reserve(by_length.size());
+  std::vector<uint32_t> ids(vocabulary.max_token_bytes());
+  MergeScratch scratch;
+  for (const uint32_t id : by_length) {
+    if (vocabulary.bytes(id).size() == 2) {
+      const std::string_view two = vocabulary.bytes(id);
+      ids[0] = vocabulary.byte_id(static_cast<uint8_t>(two[0]));
+      ids[1] = vocabulary.byte_id(static_cast<uint8_t>(two[1]));
+    } else if (merge_shorter(vocabulary, known, vocabulary.bytes(id), ids.data(), scratch) != 2) {
+      continue;
+    }
+    known.add(ids[0], ids[1], id);
+    pairs.push_back({ids[0], ids[1], id});
+  }
+  return pairs;
+}
+
+MergeLanes merge_lanes_of(std::string_view isa) {
+  if (isa == "avx512") return avx512_merge_lanes();
+  if (isa == "avx2") return avx2_merge_lanes();
+  return isa == "portable" ? &merge_lanes : nullptr;
+}
+
+void merge_pieces(const Vocabulary& vocabulary, MergeJob* jobs, size_t count, MergeScratch& scratch) {
+  static const MergeLanes lanes = [] {
+    const MergeLanes chosen = merge_lanes_of(scanner_isa());
+    const MergeLanes avx2 = std::string_view(scanner_isa()) == "portable" ? nullptr : merge_lanes_of("avx2");
+    return chosen ? chosen : avx2 ? avx2 : &merge_lanes;
+  }();
+  if (!vocabulary.pairs().empty()) return lanes(vocabulary.merge_rule(), jobs, count);
+  for (size_t i = 0; i < count; ++i) {
+    jobs[i].count = static_cast<uint32_t>(merge_piece(vocabulary, jobs[i].bytes, jobs[i].size, jobs[i].ids, scratch));
+  }
+}
+
 size_t merge_piece(const Vocabulary& vocabulary, const uint8_t* p, size_t n, uint32_t* out, MergeScratch& scratch) {
-  if (vocabulary.has_merges()) return merge_with(vocabulary, ByPairs{vocabulary}, p, n, out, scratch);
-  return merge_with(vocabulary, ByBytes{vocabulary}, p, n, out, scratch);
+  if (n <= MergeJob::kMaxBytes && !vocabulary.pairs().empty()) {
+    MergeJob job{p, static_cast<uint32_t>(n), 0, out};
+    merge_pieces(vocabulary, &job, 1, scratch);
+    return job.count;
+  }
+  if (vocabulary.has_merges() || !vocabulary.pairs().empty()) {
+    return merge_large(vocabulary, ByTable{vocabulary}, p, n, out, scratch);
+  }
+  return merge_large(vocabulary, ByBytes{vocabulary}, p, n, out, scratch);
 }
 
 }  // namespace fastgpt::bpe

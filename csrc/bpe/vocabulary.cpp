@@ -4,6 +4,8 @@
 #include <bit>
 #include <stdexcept>
 
+#include "bpe/merge.h"
+
 namespace fastgpt::bpe {
 namespace {
 
@@ -118,9 +120,19 @@ Vocabulary::Vocabulary(std::vector<std::pair<std::string, uint32_t>> tokens,
     }
   }
 
-  if (merges.empty()) return;
+  has_merges_ = !merges.empty();
+  const bool small = slots_ < MergeTable::kNoId && merges.size() < MergeTable::kNoId;
+  if (!has_merges_) {
+    if (small) {
+      const std::vector<MergeTable::Pair> pairs = pairs_of_tokens(*this);
+      merging_finds_tokens_ = pairs.size() + 256 == count_;
+      make_pairs(pairs);
+    }
+    return;
+  }
   pair_keys_.assign(table_size(merges.size()), kEmptyPair);
   pair_merges_.assign(pair_keys_.size(), Merge{kNone, kNone});
+  std::vector<MergeTable::Pair> pairs;
   for (size_t rank = 0; rank < merges.size(); ++rank) {
     const auto [left, right] = merges[rank];
     const std::string_view a = this->bytes(left), b = this->bytes(right);
@@ -129,12 +141,28 @@ Vocabulary::Vocabulary(std::vector<std::pair<std::string, uint32_t>> tokens,
       throw std::invalid_argument("merge " + std::to_string(rank) + " (" + std::to_string(left) + ", " +
                                   std::to_string(right) + ") does not join two tokens to a token");
     }
+    rank_ids_.push_back(id);
     const uint64_t key = uint64_t{left} << 32 | right;
     size_t at = mix(key) & (pair_keys_.size() - 1);
     while (pair_keys_[at] != kEmptyPair && pair_keys_[at] != key) at = (at + 1) & (pair_keys_.size() - 1);
     if (pair_keys_[at] == key) continue;  // the first of equals ranks
     pair_keys_[at] = key;
     pair_merges_[at] = {static_cast<uint32_t>(rank), id};
+    pairs.push_back({left, right, static_cast<uint32_t>(rank)});
+  }
+  if (!small) return;
+  make_pairs(pairs);
+  std::vector<uint64_t>().swap(pair_keys_);
+  std::vector<Merge>().swap(pair_merges_);
+}
+
+void Vocabulary::make_pairs(const std::vector<MergeTable::Pair>& pairs) {
+  pairs_ = MergeTable(pairs);
+  byte_ranks_.assign(65536, kNone);
+  for (const auto& [left, right, rank] : pairs) {
+    const std::string_view a = bytes(left), b = bytes(right);
+    if (a.size() != 1 || b.size() != 1) continue;
+    byte_ranks_[static_cast<uint8_t>(a[0]) | static_cast<uint8_t>(b[0]) << 8] = rank;
   }
 }
 
@@ -169,6 +197,10 @@ uint32_t Vocabulary::find(std::string_view bytes) const {
 }
 
 Merge Vocabulary::find_merge(uint32_t left, uint32_t right) const {
+  if (!pairs_.empty()) {
+    const uint32_t rank = pairs_.rank(left, right);
+    return {rank, rank == kNone || !has_merges_ ? rank : rank_ids_[rank]};
+  }
   const uint64_t key = uint64_t{left} << 32 | right;
   for (size_t at = mix(key);; ++at) {
     const uint64_t found = pair_keys_[at & (pair_keys_.size() - 1)];

@@ -14,11 +14,12 @@
 #include <utility>
 #include <vector>
 
+#include "bpe/merge_lanes.h"
+#include "bpe/merge_table.h"
 #include "bpe/pages.h"
 
 namespace fastgpt::bpe {
 
-inline constexpr uint32_t kNone = 0xFFFFFFFFu;  // no token; greater than every rank
 inline constexpr uint32_t kMaxId = (1u << 30) - 1;
 
 // The first n <= 8 bytes at p as a number, the rest zero. p must be readable for 8 bytes.
@@ -76,11 +77,18 @@ class Vocabulary {
   }
 
   uint32_t byte_id(uint8_t byte) const { return byte_ids_[byte]; }
-  bool has_merges() const { return !pair_keys_.empty(); }
+  bool has_merges() const { return has_merges_; }
   Merge find_merge(uint32_t left, uint32_t right) const;
 
-  uint32_t slots() const { return slots_; }                                   // greatest id + 1
-  size_t ranks() const { return has_merges() ? pair_keys_.size() : slots_; }  // above every rank
+  // All pairs that merge; empty in a vocabulary of more than about a million ids or merges.
+  const MergeTable& pairs() const { return pairs_; }
+  MergeRule merge_rule() const {
+    return {byte_ids_.data(), byte_ranks_.data(), &pairs_, has_merges_ ? rank_ids_.data() : nullptr};
+  }
+  // Whether merging turns the bytes of every token into that token.
+  bool merging_finds_tokens() const { return merging_finds_tokens_; }
+
+  uint32_t slots() const { return slots_; }  // greatest id + 1
   size_t count() const { return count_; }
   size_t max_token_bytes() const { return max_token_bytes_; }
 
@@ -120,7 +128,13 @@ class Vocabulary {
   Pages<Short> short_;
   Pages<Medium> medium_;
   Pages<Long> long_;
-  std::vector<uint64_t> pair_keys_;  // left << 32 | right; all ones: empty
+
+  void make_pairs(const std::vector<MergeTable::Pair>& pairs);
+  MergeTable pairs_;
+  std::vector<uint32_t> byte_ranks_;  // 65536: of joining two bytes, by the two as a little-endian number
+  std::vector<uint32_t> rank_ids_;    // with merges: what each makes
+  bool has_merges_ = false, merging_finds_tokens_ = false;
+  std::vector<uint64_t> pair_keys_;  // left << 32 | right; all ones: empty. Merges that pairs_ has no room for
   std::vector<Merge> pair_merges_;
 };
 

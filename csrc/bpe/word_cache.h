@@ -95,12 +95,14 @@ class WordCache {
     return differs ? 0 : ids & 3;
   }
 
-  // Copies the ids of the pre-token that `probe` was made from to out and returns how many; 0: not there.
+  // Copies the ids of the pre-token that `probe` was made from to out and returns how many; 0: not there. Places fill
+  // in the order in which they are looked at and never empty one by one, so an empty one ends the search.
   size_t find(const Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const {
     if (n < 8) {
       for (size_t way = 0; way < kTinyWays; ++way) {
         const uint64_t* const entry = place(probe.line, way * 2 * sizeof(uint64_t));
         if (entry[0] == probe.low) return emit(entry[1], 0, out);
+        if (!entry[1]) return 0;
       }
       return 0;
     }
@@ -108,12 +110,14 @@ class WordCache {
       for (size_t way = 0; way < kShortWays; ++way) {
         const uint64_t* const entry = place(probe.line, way * 4 * sizeof(uint64_t));
         if (entry[0] == probe.low && entry[1] == probe.high) return emit(entry[2], entry[3], out);
+        if (!entry[2]) return 0;
       }
       return 0;
     }
     const Rest rest = rest_of(p, n);
     for (size_t way = 0; way < kLongWays; ++way) {
       const Long& line = *reinterpret_cast<const Long*>(place(probe.line, way * sizeof(Long)));
+      if (!line.count) return 0;
       if (line.key[0] != probe.low || line.key[1] != probe.high) continue;
       if (line.key[2] != rest.low || line.key[3] != rest.high) continue;
       if (line.count == kSpilled) return emit_spilled(uint64_t{line.ids[0]} | uint64_t{line.ids[1]} << 32, out);

@@ -237,7 +237,35 @@ Spans check_scanners(std::string_view text, Pattern pattern, size_t cut_limit) {
 
 Ids ids_of(const IdBuffer& buffer) { return {buffer.data(), buffer.data() + buffer.size()}; }
 
+// Short pre-tokens merged in step, by every instruction set.
+void check_merging(const Case& with, std::string_view text, const Spans& spans) {
+  const Vocabulary& vocabulary = with.encoder.vocabulary();
+  if (vocabulary.pairs().empty()) return;
+  std::string padded(text);
+  padded.append(Vocabulary::kPadding, '\0');
+  Naive merging = with.naive;
+  merging.whole_first = false;
+  std::vector<MergeJob> jobs;
+  std::vector<Ids> expected, got;
+  for (size_t i = 0, begin = 0; i < spans.size(); begin = spans[i++]) {
+    const size_t size = spans[i] - begin;
+    if (size > MergeJob::kMaxBytes) continue;
+    merging.encode(text.substr(begin, size), expected.emplace_back());
+    jobs.push_back({as_bytes(padded) + begin, static_cast<uint32_t>(size), 0, got.emplace_back(size).data()});
+  }
+  for (const char* isa : {"portable", "avx2", "avx512"}) {
+    const MergeLanes lanes = merge_lanes_of(isa);
+    if (!lanes) continue;  // not on this machine
+    lanes(vocabulary.merge_rule(), jobs.data(), jobs.size());
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      check(Ids(jobs[i].ids, jobs[i].ids + jobs[i].count) == expected[i],
+            "merging in step differs from the definition");
+    }
+  }
+}
+
 void check_encoder(const Case& with, std::string_view text, const Spans& spans, size_t cut) {
+  check_merging(with, text, spans);
   const Encoder& encoder = with.encoder;
   Ids expected;
   bool defined = true;
