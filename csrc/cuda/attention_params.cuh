@@ -21,6 +21,9 @@ struct Params {
   int batch, heads, kv_heads, queries, keys, dim;
   float scale;  // positive
   bool causal;
+  // Of attention_sm90 alone: keys before and behind a query's own position that it sees, negative for all; causal masks
+  // limit the right to 0.
+  int window_left = -1, window_right = -1;
 
   // Of the backward alone. `delta` is scratch, (B, H, Tq): the row sums of dO O.
   const void* grad;

@@ -8,12 +8,13 @@
 // Keys go from the last that a tile sees to the first, so only the first steps need a mask; rows past the end of a head
 // come as zeros from the copies.
 //
-// head_dim 64 and 128, bf16 and fp16, causal and full, grouped heads, any number of queries and keys. Switched off by
-// default: it has not run on a GPU yet; see docs/notes/hopper.md.
+// head_dim 64 and 128, bf16 and fp16, causal, full and sliding windows, grouped heads, any number of queries and keys.
+// Switched off by default: it has not run on a GPU yet; see docs/notes/hopper.md.
 #pragma once
 
 #include <cuda.h>
 
+#include "cuda/attention_mask.cuh"
 #include "cuda/attention_schedule.cuh"
 #include "cuda/attention_tiles.cuh"
 #include "cuda/hopper.cuh"
@@ -49,14 +50,6 @@ struct Sm90ForwardMemory {
   __device__ __forceinline__ uint32_t value_full(int stage) const { return key_full(stage) + 16; }
   __device__ __forceinline__ uint32_t value_empty(int stage) const { return key_full(stage) + 24; }
 };
-
-// Steps over the keys that some query of the tile sees.
-template <int BLOCK_M, int BLOCK_N>
-__device__ __forceinline__ int steps_of(const Params& p, int first_query) {
-  int seen = p.keys;
-  if (p.causal) seen = max(0, min(p.keys, min(first_query + BLOCK_M, p.queries) + p.keys - p.queries));
-  return (seen + BLOCK_N - 1) / BLOCK_N;
-}
 
 // Scores of a warpgroup's 64 rows become weights relative to the rows' new maxima; `shrink` takes older sums along.
 template <int kCount>
@@ -113,17 +106,18 @@ __device__ __forceinline__ void attention_fwd_sm90_produce(const CUtensorMap& q_
       ptx::tensor_load_4d(tile + panel * rows * hopper::kPanelRowBytes, &map, full, 64 * panel, first, head, batch);
     }
   };
+  const Sight sight = sight_of(p, p.queries, p.keys);
   hopper::Place<Shape::kStages> place;
   uint32_t query_parity = 0;
   for (int index = blockIdx.x; index < schedule.count(); index += gridDim.x) {
     const Tile tile = schedule.tile(index);
     const int first_query = tile.block * BLOCK_M, kv_head = tile.head / (p.heads / p.kv_heads);
-    const int steps = steps_of<BLOCK_M, BLOCK_N>(p, first_query);
-    if (steps == 0) continue;
+    const Range steps = steps_of<BLOCK_N>(sight.keys_of({first_query, first_query + BLOCK_M}));
+    if (steps.empty()) continue;
     ptx::mbarrier_wait(memory.query_empty(), query_parity ^ 1);
     load(memory.query(), q_map, memory.query_full(), BLOCK_M, first_query, tile.head, tile.batch);
     query_parity ^= 1;
-    for (int step = steps - 1; step >= 0; --step) {
+    for (int step = steps.end - 1; step >= steps.begin; --step) {
       ptx::mbarrier_wait(memory.key_empty(place.stage), place.parity ^ 1);
       load(memory.key(place.stage), k_map, memory.key_full(place.stage), BLOCK_N, step * BLOCK_N, kv_head, tile.batch);
       ptx::mbarrier_wait(memory.value_empty(place.stage), place.parity ^ 1);
@@ -141,7 +135,7 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
   constexpr int BLOCK_M = Shape::BLOCK_M, BLOCK_N = Shape::BLOCK_N;
   const int lane = threadIdx.x % 32, warp_row = 64 * consumer + threadIdx.x % 128 / 32 * 16;
   const float scale = p.scale * kLog2E;
-  const int offset = p.keys - p.queries;
+  const Sight sight = sight_of(p, p.queries, p.keys);
   const int my_turn = 1 + consumer, other_turn = 2 - consumer;
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
@@ -153,7 +147,7 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
   for (int index = blockIdx.x; index < schedule.count(); index += gridDim.x) {
     const Tile tile = schedule.tile(index);
     const int first_query = tile.block * BLOCK_M, row = first_query + warp_row + lane / 4;
-    const int steps = steps_of<BLOCK_M, BLOCK_N>(p, first_query);
+    const Range steps = steps_of<BLOCK_N>(sight.keys_of({first_query, first_query + BLOCK_M}));
 
     float out[kDim / 2], largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, shrink[2];
 #pragma unroll
@@ -161,19 +155,14 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
     float scores[BLOCK_N / 2];
     uint32_t weights[BLOCK_N / 16][4];
 
+    const Range upper = sight.keys_of({row, row + 1}), lower = sight.keys_of({row + 8, row + 9});
     const auto mask = [&](int step) {
-      const int first_key = step * BLOCK_N;
-      const bool diagonal = p.causal && first_key + BLOCK_N - 1 > first_query + 64 * consumer + offset;
-      if (!diagonal && first_key + BLOCK_N <= p.keys) return;
-#pragma unroll
-      for (int i = 0; i < BLOCK_N / 2; ++i) {
-        const int column = first_key + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-        const int last = p.causal ? min(p.keys - 1, row + i / 2 % 2 * 8 + offset) : p.keys - 1;
-        if (column > last) scores[i] = -INFINITY;
-      }
+      const int first_key = step * BLOCK_N, mine = first_query + 64 * consumer;
+      if (sight.whole({mine, mine + 64}, {first_key, first_key + BLOCK_N})) return;
+      mask_outside(scores, first_key, upper, lower, -INFINITY);
     };
 
-    if (steps > 0) {
+    if (!steps.empty()) {
       ptx::mbarrier_wait(memory.query_full(), query_parity);
       query_parity ^= 1;
       ptx::mbarrier_wait(memory.key_full(place.stage), place.parity);
@@ -186,13 +175,13 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
       ptx::wgmma_wait<0>();  // the first scores
       ptx::keep(scores);
       release(memory.key_empty(place.stage));
-      mask(steps - 1);
+      mask(steps.end - 1);
       softmax_step(scores, largest, sum, shrink, scale);
       hopper::pack_left<T>(weights, scores);
       hopper::Place<Shape::kStages> behind = place;  // V follows K by a step
       place.next();
 
-      for (int step = steps - 2; step >= 0; --step) {
+      for (int step = steps.end - 2; step >= steps.begin; --step) {
         // Between the two products a wait, which is a loop that threads may leave one by one, would serialise them
         // (ptxas C7520); and V of the step before came before this K.
         ptx::mbarrier_wait(memory.key_full(place.stage), place.parity);

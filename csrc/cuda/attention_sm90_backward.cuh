@@ -54,22 +54,16 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
   const uint32_t rows_full = base + Shape::kBarriers;
   float* vectors = reinterpret_cast<float*>(shared + (base - unaligned) + Shape::kVectors);
 
-  const int group = p.heads / p.kv_heads, offset = p.keys - p.queries, batch = blockIdx.z, head = blockIdx.y;
+  const int group = p.heads / p.kv_heads, batch = blockIdx.z, head = blockIdx.y;
   const int block = kKeys ? blockIdx.x : gridDim.x - 1 - blockIdx.x;  // causal: the longest first
   const int first_row = block * kRows;
-  int first_column = 0, blocks = 0;
-  if (kKeys) {
-    if (p.causal) first_column = max(0, first_row - offset) / kColumns * kColumns;
-    blocks = max(0, (p.queries - first_column + kColumns - 1) / kColumns);
-  } else {
-    int seen = p.keys;
-    if (p.causal) seen = max(0, min(p.keys, min(first_row + kRows, p.queries) + offset));
-    blocks = (seen + kColumns - 1) / kColumns;
-  }
-  const int steps = kKeys ? blocks * group : blocks;
+  const Sight sight = sight_of(p, p.queries, p.keys);
+  const auto seen_by = [&](Range rows) { return kKeys ? sight.queries_of(rows) : sight.keys_of(rows); };
+  const Range blocks = steps_of<kColumns>(seen_by({first_row, first_row + kRows}));
+  const int width = blocks.end - blocks.begin, steps = kKeys ? width * group : width;
   const auto place_of = [&](int step) -> BackwardStep {
-    if (kKeys) return {head * group + step / blocks, first_column + step % blocks * kColumns};
-    return {head / group, step * kColumns};
+    if (kKeys) return {head * group + step / width, (blocks.begin + step % width) * kColumns};
+    return {head / group, (blocks.begin + step) * kColumns};
   };
 
   if (threadIdx.x == 0) {
@@ -158,17 +152,14 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();  // the scores
     ptx::keep(scores);
-    const bool masked =
-        kKeys ? p.causal && first_row + consumer_row + 63 > first + offset
-              : first + kColumns > p.keys || (p.causal && first + kColumns - 1 > first_row + consumer_row + offset);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
-      const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2, r = row + i / 2 % 2 * 8;
+      const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
       scores[i] = ptx::exp2_approx(scores[i] * scale - (kKeys ? lse[column] : row_lse[i / 2 % 2]));
-      if (masked) {
-        const int query = kKeys ? first + column : r, key = kKeys ? r : first + column;
-        if ((!kKeys && key >= p.keys) || (p.causal && key > query + offset)) scores[i] = 0.0f;
-      }
+    }
+    const Range mine = {first_row + consumer_row, first_row + consumer_row + 64}, columns = {first, first + kColumns};
+    if (!sight.whole(kKeys ? columns : mine, kKeys ? mine : columns)) {
+      mask_outside(scores, first, seen_by({row, row + 1}), seen_by({row + 8, row + 9}), 0.0f);
     }
     ptx::wgmma_wait<0>();  // dP
     ptx::keep(ds);

@@ -26,10 +26,18 @@ void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_
                map("value", p.value, p.value_stride, p.keys, p.kv_heads, Shape::BLOCK_N), p, schedule);
 }
 
+inline void check_sm90(const Params& p) {
+  check_shape(p);
+  if (p.queries > kUnlimited || p.keys > kUnlimited) {
+    throw std::invalid_argument("attention: at most 2^30 - 1024 queries and keys, got " + std::to_string(p.queries) +
+                                " and " + std::to_string(p.keys));
+  }
+}
+
 // Raises std::invalid_argument for what the kernel does not cover, before anything is launched.
 template <class T>
 void attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t stream) {
-  check_shape(p);
+  check_sm90(p);
   check_rows("query", p.query, p.query_stride);
   check_rows("key", p.key, p.key_stride);
   check_rows("value", p.value, p.value_stride);
@@ -68,6 +76,7 @@ void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
 // Raises std::invalid_argument for what the kernels do not cover, before anything is launched.
 template <class T>
 void attention_bwd_sm90(const Params& p, cudaStream_t stream) {
+  check_sm90(p);
   check_backward(p);
   switch (p.dim) {
     case 64:

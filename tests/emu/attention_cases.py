@@ -27,6 +27,7 @@ class Case:
     kv_heads: int = 1
     dtype: torch.dtype = torch.bfloat16
     magnitude: float = 1.0
+    window: tuple[int, int] = (-1, -1)
 
     def tensor(self, heads: int, length: int, seed: int) -> Tensor:
         return random(self.batch, length, heads, self.dim, dtype=self.dtype, seed=seed, scale=self.magnitude)
@@ -36,11 +37,11 @@ class Case:
         return 1 / math.sqrt(self.dim)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _torch(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
     """torch's own result for (B, H, T, D), 0 for queries that see nothing."""
-    mask = reference.causal_mask(q.shape[2], k.shape[2], q.device) if causal else None
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    return out if mask is None else torch.where(mask.any(-1)[:, None], out, 0.0)
+    mask = reference.visible(case.queries, case.keys, case.causal, *case.window, None, None, q.device)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=None if mask.all() else mask, enable_gqa=True)
+    return torch.where(mask.any(-1)[:, None], out, 0.0)
 
 
 def check(
@@ -55,7 +56,7 @@ def check(
 ) -> list[Tensor]:
     """Run forward and backward, hold out, lse and the three gradients to the rule, and return them.
 
-    `more` are arguments of the forward's binding after the common ones.
+    `more` are arguments of both bindings after the others.
     """
     c, name = case, NAMES[case.dtype]
     q, grad = c.tensor(c.heads, c.queries, 1), c.tensor(c.heads, c.queries, 4)
@@ -72,9 +73,10 @@ def check(
 
     call("attention_fwd", q, k, v, out, lse, *sizes, *more)
     wide_q, wide_k, wide_v = (x.double().transpose(1, 2) for x in (q, k, v))
-    exact, exact_lse = reference.attention(wide_q, wide_k, wide_v, c.causal, c.scale)
+    options = (c.causal, c.scale, 0.0, None, *c.window)
+    exact, exact_lse = reference.attention(wide_q, wide_k, wide_v, *options)
     narrow = q1, k1, v1 = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
-    theirs = _torch(q1, k1, v1, c.causal)
+    theirs = _torch(q1, k1, v1, c)
     assert_parity(out.transpose(1, 2), theirs, exact, "out")
     seen = torch.isfinite(exact_lse)
     assert torch.equal(torch.isfinite(lse), seen), "lse is -inf elsewhere than where a query sees no key"
@@ -83,9 +85,9 @@ def check(
         return [out, lse]
 
     results = [torch.full_like(x, poison) for x in (q, k, v)]
-    call("attention_bwd", q, k, v, out, lse, *sizes, grad, *results, torch.full_like(lse, poison))
+    call("attention_bwd", q, k, v, out, lse, *sizes, grad, *results, torch.full_like(lse, poison), *more)
     exact_grads = reference.attention_backward(
-        grad.double().transpose(1, 2), wide_q, wide_k, wide_v, exact, exact_lse, c.causal, c.scale
+        grad.double().transpose(1, 2), wide_q, wide_k, wide_v, exact, exact_lse, *options
     )
     torch_grads = torch.autograd.grad(theirs, narrow, grad.transpose(1, 2))
     for what, mine, torchs, right in zip("qkv", results, torch_grads, exact_grads, strict=True):

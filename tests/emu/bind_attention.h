@@ -28,6 +28,12 @@ inline Params backward_params(const emu::Arguments& a) {
   return p;
 }
 
+// What attention_sm90 alone takes, from argument `next` on: window_left, window_right.
+inline Params with_options(const emu::Arguments& a, Params p, int next) {
+  p.window_left = a.integer(next++), p.window_right = a.integer(next++);
+  return p;
+}
+
 // The arguments of the module's functions `attention` and `attention_backward` (csrc/python/cuda_attention.cpp), flat,
 // from the `next`th on, which moves past them.
 inline Params module_params(const emu::Arguments& a, bool backward, int& next) {

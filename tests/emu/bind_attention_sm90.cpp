@@ -1,13 +1,28 @@
 #include "bind_attention.h"
 #include "cuda/attention_sm90_launch.cuh"
 
-// The first argument after the common ones is the number of multiprocessors, the grid's limit.
+// After the common arguments: the number of multiprocessors, the grid's limit, then the options.
+static Params forward(const emu::Arguments& a) { return with_options(a, params(a), 14); }
+static Params backward(const emu::Arguments& a) { return with_options(a, backward_params(a), 19); }
+
 #if !defined(EMU_TSAN) && !defined(EMU_ASAN)
-EMU_BIND(attention_fwd_fp16) { attention_fwd_sm90<__half>(params(a), a.integer(13), nullptr); }
-EMU_BIND(attention_fwd_bf16) { attention_fwd_sm90<__nv_bfloat16>(params(a), a.integer(13), nullptr); }
+EMU_BIND(attention_fwd_fp16) { attention_fwd_sm90<__half>(forward(a), a.integer(13), nullptr); }
+EMU_BIND(attention_fwd_bf16) { attention_fwd_sm90<__nv_bfloat16>(forward(a), a.integer(13), nullptr); }
 #else
-EMU_BIND(attention_fwd_bf16) { launch_attention_fwd_sm90<__nv_bfloat16, 64>(params(a), a.integer(13), nullptr); }
+EMU_BIND(attention_fwd_bf16) { launch_attention_fwd_sm90<__nv_bfloat16, 64>(forward(a), a.integer(13), nullptr); }
 #endif
+
+// ranges (4): of the keys that queries see, and of the queries that keys see; queries, keys, window_left, window_right,
+// causal, the rows from .. to.
+EMU_BIND(ranges) {
+  Params p = {};
+  p.window_left = a.integer(3), p.window_right = a.integer(4), p.causal = a.integer(5);
+  const Sight sight = sight_of(p, a.integer(1), a.integer(2));
+  const Range rows = {int(a.integer(6)), int(a.integer(7))}, keys = sight.keys_of(rows),
+              queries = sight.queries_of(rows);
+  int64_t* to = a.pointer<int64_t>(0);
+  to[0] = keys.begin, to[1] = keys.end, to[2] = queries.begin, to[3] = queries.end;
+}
 
 // tiles (count, 3) of a schedule: blocks, heads, batch, bytes of a key head, group.
 EMU_BIND(schedule) {
@@ -20,10 +35,10 @@ EMU_BIND(schedule) {
 }
 
 #if !defined(EMU_TSAN) && !defined(EMU_ASAN)
-EMU_BIND(attention_bwd_fp16) { attention_bwd_sm90<__half>(backward_params(a), nullptr); }
-EMU_BIND(attention_bwd_bf16) { attention_bwd_sm90<__nv_bfloat16>(backward_params(a), nullptr); }
+EMU_BIND(attention_bwd_fp16) { attention_bwd_sm90<__half>(backward(a), nullptr); }
+EMU_BIND(attention_bwd_bf16) { attention_bwd_sm90<__nv_bfloat16>(backward(a), nullptr); }
 #else
-EMU_BIND(attention_bwd_bf16) { launch_attention_bwd_sm90<__nv_bfloat16, 64>(backward_params(a), nullptr); }
+EMU_BIND(attention_bwd_bf16) { launch_attention_bwd_sm90<__nv_bfloat16, 64>(backward(a), nullptr); }
 #endif
 
 #if !defined(EMU_TSAN) && !defined(EMU_ASAN)

@@ -10,10 +10,12 @@ from emu import attention_cases
 from emu.attention_cases import Case
 from emu.build import Bug, compiler
 from emu.emulator import MODES, EmulationError, Emulator
+from fastgpt.ops import reference
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
 
 KERNEL, HOPPER, BACKWARD = "attention_sm90.cuh", "hopper.cuh", "attention_sm90_backward.cuh"
+MASK = "attention_mask.cuh"
 K_FREE = "ptx::mbarrier_wait(memory.key_empty(place.stage), place.parity ^ 1);"
 SCORES = (
     "ptx::wgmma_wait<1>();  // the scores\n        ptx::keep(scores);\n        release(memory.key_empty(place.stage));"
@@ -48,7 +50,7 @@ BUGS = [
     Bug("turns are not given back", KERNEL, GIVE_TURN, "ptx::wgmma_commit();"),
     Bug("a turn of the wrong size", KERNEL, FIRST_TURN, FIRST_TURN.replace("256", "384")),
     Bug("the last turn is left", KERNEL, "if (consumer == 0) ptx::named_barrier_sync(my_turn, 256);", ";"),
-    Bug("mask off by one", KERNEL, "column > last", "column > last + 1", expression=True),
+    Bug("mask off by one", MASK, "column >= seen.end", "column > seen.end", expression=True),
     Bug("sums not rescaled", KERNEL, "out[i] *= shrink[i / 2 % 2];", ";"),
     Bug("rescaled by the other row", KERNEL, "out[i] *= shrink[i / 2 % 2];", "out[i] *= shrink[i % 2];"),
     Bug("wrong group stride", HOPPER, K_MAJOR, K_MAJOR.replace("kGroupBytes", "512")),
@@ -66,9 +68,13 @@ BUGS = [
     Bug("gradients: no fence before the sums", BACKWARD, "ptx::wgmma_fence();  // before the sums", ";"),
     Bug("gradients: stage freed twice", BACKWARD, G_SUMS, TWICE),
     Bug("gradients: delta left out", BACKWARD, "kKeys ? delta[column] : row_delta[i / 2 % 2]", "0.0f", expression=True),
-    Bug("gradients: mask off by one", BACKWARD, "key > query + offset", "key >= query + offset", expression=True),
-    Bug("gradients: queries left out", BACKWARD, "max(0, first_row - offset)", "max(0, first_row - offset + 64)", expression=True),
-    Bug("gradients: one head of the group", BACKWARD, "blocks * group", "blocks", expression=True),
+    Bug("the other row's mask", MASK, "i / 2 % 2 ? lower : upper", "i % 2 ? lower : upper", expression=True),
+    Bug("gradients: queries left out", MASK, "rows.begin - offset - right", "rows.begin - offset - right + 64", expression=True),
+    Bug("gradients: one head of the group", BACKWARD, "width * group", "width", expression=True),
+    Bug("window: left edge off by one", MASK, "column < seen.begin", "column + 1 < seen.begin", expression=True),
+    Bug("window: first keys never loaded", MASK, "range.begin / kStep", "(range.begin + kStep - 1) / kStep", expression=True),
+    Bug("window: edge blocks unmasked", MASK, "columns.begin >= rows.end - 1 + offset - left", "true", expression=True),
+    Bug("window: last queries left out", MASK, "last + left + 1", "last + left", expression=True),
     Bug("registers that are not there", KERNEL, "ptx::registers_decrease<Shape::kProducerRegisters>();", ";"),
 ]  # fmt: skip
 CASES = [
@@ -84,9 +90,19 @@ CASES = [
     Case(150, 150, causal=True, dtype=torch.float16, magnitude=3.0),
     Case(17, 1025, 128, causal=True, dtype=torch.float16),
 ]
+WINDOWS = [
+    Case(300, 300, causal=True, window=(40, -1)),
+    Case(260, 390, 128, causal=True, heads=2, kv_heads=1, window=(129, 0)),
+    Case(97, 500, window=(30, 17)),
+    Case(500, 97, window=(64, 63), heads=2),
+    Case(300, 300, window=(-1, 100), dtype=torch.float16),
+    Case(130, 700, 128, window=(0, 0)),
+    Case(200, 200, window=(150, -1)),
+]
 BROKEN = [
     Case(260, 390, 128, causal=True, heads=2, kv_heads=1),
     Case(140, 800, heads=2, kv_heads=1),
+    Case(300, 500, window=(64, 63), heads=2),
 ]
 
 
@@ -98,12 +114,41 @@ def emulator() -> Emulator:
 def check(
     emulator: Emulator, case: Case, multiprocessors: int = 2, **how: "str | int | tuple[str, str]"
 ) -> list[Tensor]:
-    return attention_cases.check(emulator, case, more=(multiprocessors,), **how)  # type: ignore[arg-type]
+    return attention_cases.check(emulator, case, more=(multiprocessors, *case.window), **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention(emulator: Emulator, case: Case) -> None:
     check(emulator, case)
+
+
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+def test_windows(emulator: Emulator, case: Case) -> None:
+    check(emulator, case, mode=("warp priority", "random"))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (5, 11), (11, 5)])
+def test_ranges_are_the_rows_that_see_each_other(emulator: Emulator, queries: int, keys: int) -> None:
+    limits = (-1, 0, 1, 3, 20)
+    for left, right, causal in itertools.product(limits, limits, (False, True)):
+        seen = reference.visible(queries, keys, causal, left, right, None, None, torch.device("cpu"))
+        for begin, end in itertools.combinations(range(12), 2):
+            found = torch.full((4,), -1)
+            emulator("ranges", found, queries, keys, left, right, int(causal), begin, end)
+            ranges = found.tolist()
+            for (first, stop), sees in zip((ranges[:2], ranges[2:]), (seen, seen.T), strict=True):
+                if begin < len(sees):  # the rows of a block begin within their sequence
+                    right_ones = sees[begin:end].any(0).nonzero().flatten().tolist()
+                    assert list(range(first, stop)) == right_ones, (left, right, causal, begin, end)
+
+
+def test_a_window_reads_its_own_keys_alone(emulator: Emulator) -> None:
+    q, k, v = (torch.randn(1, 128, 1, 64).bfloat16() for _ in range(3))
+    far = torch.full((1, 1280, 1, 64), float("nan"), dtype=torch.bfloat16)
+    k, v = (torch.cat([far, x], dim=1) for x in (k, v))
+    out, lse = torch.full_like(q, float("nan")), torch.full((1, 1, 128), float("nan"))
+    emulator("attention_fwd_bf16", q, k, v, out, lse, 1, 1, 1, 128, 1408, 64, 1, 0.125, 1, 0, -1)
+    assert torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
