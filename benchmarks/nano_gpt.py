@@ -118,3 +118,15 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1], :]), None
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """AdamW with decay on matrices only; fused on CUDA only, as nanoGPT has it."""
+        learning = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in learning if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = {"fused": True} if device_type == "cuda" else {}
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **fused)

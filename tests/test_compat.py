@@ -128,7 +128,7 @@ def kin(seed: int = 0, **options) -> tuple[Kin, torch.Tensor]:
 def test_numbers_stay_and_the_report_names_the_parts(autocast: bool) -> None:
     model, _, report = assert_as_close_as_before(kin, autocast=autocast)
     found = {"LayerNorm": 2, "CausalSelfAttention": 1, "RMSNorm": 1, "NewGELU": 1, "GELU": 1, "Linear": 5}
-    assert report.replaced == found | {"Dropout": 3}
+    assert report.replaced == found | {"Dropout": 3, "Embedding": 1}
     assert "replaced 1 x NewGELU" in str(report)
     assert isinstance(model.parts[7], torch.nn.LayerNorm)
     assert type(model.head) is nn.Linear
@@ -144,7 +144,7 @@ def test_weights_stay_where_they_are_and_restore_undoes_all() -> None:
     fastgpt.accelerate(model)
     assert classes != [type(module) for module in model.modules()]
     assert weights == {name: p.data_ptr() for name, p in model.named_parameters()}
-    assert fastgpt.restore(model) == 14
+    assert fastgpt.restore(model) == 15
     assert [type(module) for module in model.modules()] == classes
 
 
@@ -189,6 +189,32 @@ def test_dropout_drops_as_many_and_follows_torch_s_seed() -> None:
     assert (many.var(0) > 1e-4).any()
     off = (many.mean(0) - exact[0]) / (many.std(0) / 4000**0.5 + 1e-6)
     assert off.abs().max() < 5.5  # standard deviations, of 160 numbers
+
+
+def test_embeddings_make_their_gradient_in_our_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(30, (4, 9))
+    plain = torch.nn.Embedding(30, 8, padding_idx=3)
+    ours = copy.deepcopy(plain)
+    fastgpt.accelerate(ours)
+    for module in (plain, ours):
+        module(ids).square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+    assert not ours.weight.grad[3].any()
+    with pytest.raises(IndexError):
+        ours(ids + 30)
+    with pytest.raises(RuntimeError):
+        ours(ids.float())
+    monkeypatch.setattr(parts.ops, "embedding", None)
+    with pytest.raises(TypeError):
+        ours(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), plain(ids))
+    ours.weight.requires_grad_(False)
+    ours(ids)
+    limited = torch.nn.Embedding(30, 8, max_norm=1.0)
+    fastgpt.accelerate(limited)
+    assert float(limited(ids).detach().norm(dim=-1).max()) < 1.01
 
 
 def test_the_report_says_what_stays_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +283,7 @@ def test_copies_pickles_hooks_and_state() -> None:
     loaded = pickle.loads(pickle.dumps(model))
     assert torch.equal(loaded(idx), want)
     assert type(loaded.parts[1]) is type(model.parts[1])
-    assert fastgpt.restore(loaded) == 14
+    assert fastgpt.restore(loaded) == 15
     assert type(loaded.parts[1]) is CausalSelfAttention
     assert model.state_dict().keys() == state.keys()
     model.load_state_dict(state)

@@ -267,6 +267,43 @@ def test_copies_and_compiled_models() -> None:
         torch.testing.assert_close(run(compiled), want)
 
 
+def test_the_optimizer_of_nanogpt_is_fused_and_updates_the_same() -> None:
+    models = [nano()[0] for _ in range(2)]
+    _, idx = nano()
+    report = fastgpt.accelerate(models[1])
+    assert report.replaced["GPT"] == 1
+    rates = {"weight_decay": 0.1, "learning_rate": 1e-2, "betas": (0.8, 0.95), "device_type": "cpu"}
+    optimizers = [model.configure_optimizers(**rates) for model in models]
+    assert not optimizers[0].defaults["fused"]
+    assert all(group["fused"] for group in optimizers[1].param_groups)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(5):
+            optimizer.zero_grad(set_to_none=True)
+            model(idx, idx)[1].backward()
+            optimizer.step()
+    for mine, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    want, got = (optimizer.state_dict() for optimizer in optimizers)
+    for group in range(2):
+        assert {**got["param_groups"][group], "fused": None} == want["param_groups"][group]
+    optimizers[1].load_state_dict(want)  # an older checkpoint
+    optimizers[1].step()
+    chosen, _ = nano()
+    chosen.__class__ = ChoosesItsOptimizer
+    fastgpt.accelerate(chosen)
+    assert chosen.configure_optimizers().param_groups[0]["foreach"] is True
+
+
+class ChoosesItsOptimizer(NanoGPT):
+    """A user's GPT, whose optimizer is to be as it says."""
+
+    def configure_optimizers(self) -> torch.optim.AdamW:  # type: ignore[override]
+        return torch.optim.AdamW(self.parameters(), foreach=True)
+
+
+ChoosesItsOptimizer.__name__ = "GPT"
+
+
 def test_a_block_of_the_same_name_that_is_another_is_left_alone() -> None:
     model, _ = nano()
 

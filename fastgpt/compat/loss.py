@@ -100,6 +100,22 @@ class CausalLMPart(torch.nn.Module):
 
 
 class GPTPart(torch.nn.Module):
+    """nanoGPT's and minGPT's GPT, whose optimizer updates all parameters in one call on the CPU, too."""
+
+    def configure_optimizers(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's AdamW with its groups; `fused` where it did not say how. The same update, and state_dict, of torch."""
+        theirs: Any = super().configure_optimizers(*args, **kwargs)  # type: ignore[misc]
+        if type(theirs) is not torch.optim.AdamW or theirs.defaults["differentiable"]:
+            return theirs
+        if any(theirs.defaults[name] is not None for name in ("fused", "foreach")):
+            return theirs
+        groups = [{**group, "fused": True} for group in theirs.param_groups]
+        if any(p.device.type != "cpu" or not p.is_floating_point() for group in groups for p in group["params"]):
+            return theirs
+        return torch.optim.AdamW(groups)  # every option stands in the groups
+
+
+class FusedGPTPart(GPTPart):
     """nanoGPT's and minGPT's GPT, whose training step returns (None, loss)."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
@@ -130,8 +146,8 @@ def is_gpt(module: Any) -> bool:
     )
 
 
-def same_loss(module: Any, faster: type[torch.nn.Module]) -> bool:
-    """Whether both classes make the same loss of random tokens, in evaluation mode."""
+def same_loss(module: Any) -> bool:
+    """Whether the original and FusedGPTPart make the same loss of random tokens, in evaluation mode."""
     weight, parts = _head(module), module.transformer
     if weight is None:
         return False
@@ -143,7 +159,7 @@ def same_loss(module: Any, faster: type[torch.nn.Module]) -> bool:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             module.eval()
             want = module(idx[0], idx[1])[1]
-            got = GPTPart.fused_loss(module, idx[0], idx[1], weight)
+            got = FusedGPTPart.fused_loss(module, idx[0], idx[1], weight)
         return bool(torch.allclose(want.double(), got.double(), rtol=1e-3))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False

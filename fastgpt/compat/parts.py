@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgpt import nn, ops
 from fastgpt.compat.blocks import BlockPart, Conv1DPart, DropoutPart, GPT2BlockPart
-from fastgpt.compat.loss import CausalLMPart, GPTPart
+from fastgpt.compat.loss import CausalLMPart, FusedGPTPart, GPTPart
 from fastgpt.functional import scaled_dot_product_attention
 from fastgpt.nn.fallback import is_small
 
@@ -41,6 +41,25 @@ class UnlessSmallPart(torch.nn.Module):
         ours: Any = POINTWISE[type(self).__mro__[2]]
         y: Tensor = ours.forward(self, input)
         return y
+
+
+class EmbeddingPart(torch.nn.Module):
+    """torch.nn.Embedding, whose gradient is made by our op; the look-up alone is torch's, and so are its options."""
+
+    weight: Tensor
+    padding_idx: int | None
+    max_norm: float | None
+    scale_grad_by_freq: bool
+    sparse: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        learns = weight.requires_grad and torch.is_grad_enabled()
+        options = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
+        if not learns or options or is_small(weight) or input.dtype not in (torch.int64, torch.int32):
+            theirs: Tensor = super().forward(input)
+            return theirs
+        return ops.embedding(input, weight, self.padding_idx)
 
 
 class RMSNormPart(torch.nn.Module):
@@ -121,6 +140,8 @@ _PARTS = {
         GPT2BlockPart,
         BlockPart,
         CausalLMPart,
+        EmbeddingPart,
+        FusedGPTPart,
         GPTPart,
     )
 }

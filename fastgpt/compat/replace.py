@@ -20,7 +20,7 @@ _BEFORE = "_fastgpt_class"
 _ATTENTION = "_fastgpt_attention"
 _LOSS = "_fastgpt_loss"
 
-# torch's class -> ours, beside parts.POINTWISE; nn.Embedding is torch's look-up already.
+# torch's class -> ours, beside parts.POINTWISE.
 _TORCH: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
     torch.nn.Linear: nn.Linear,
@@ -44,7 +44,9 @@ _TORCHS: dict[type[Any], str] = {
     parts.BlockPart: "its parts on a GPU",
     parts.GPT2BlockPart: "its parts on a GPU, with a mask over a whole text, a head mask, cross-attention or hooks",
     parts.CausalLMPart: "as before in evaluation mode and without labels",
-    parts.GPTPart: "as before in evaluation mode and without targets",
+    parts.FusedGPTPart: "its optimizer fused, head and loss in one op in training",
+    parts.GPTPart: "its optimizer fused, the rest as before",
+    parts.EmbeddingPart: "its gradient; the look-up is torch's",
 }
 _PRODUCTS = ("Linear", "Conv1D")
 _HF_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
@@ -122,6 +124,8 @@ def _by_parts(module: Any, report: Report) -> type[torch.nn.Module] | None:
     weight = getattr(module, "weight", None)
     if kind is torch.nn.Dropout:
         return parts.derived(parts.DropoutPart, kind)
+    if kind is torch.nn.Embedding:
+        return parts.derived(parts.EmbeddingPart, kind)
     if kind in parts.POINTWISE:
         return parts.derived(parts.UnlessSmallPart, kind)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
@@ -228,14 +232,15 @@ def _set_loss(model: torch.nn.Module, report: Report, fused: bool) -> None:
                 module.__dict__[_BEFORE] = kind
                 module.__class__ = parts.derived(parts.CausalLMPart, kind)
                 report.count(kind.__name__, type(module))
-        elif fused and loss.is_gpt(module) and _BEFORE not in module.__dict__:
-            faster = parts.derived(parts.GPTPart, kind)
-            if loss.same_loss(module, faster):
-                module.__dict__[_BEFORE] = kind
-                module.__class__ = faster
-                report.count(kind.__name__, faster)
-            else:
-                report.left[kind.__name__] = "its loss is another"
+        elif loss.is_gpt(module) and _BEFORE not in module.__dict__:
+            part: Any = parts.GPTPart
+            if fused and loss.same_loss(module):
+                part = parts.FusedGPTPart
+            elif fused:
+                report.left[f"loss of {kind.__name__}"] = "it is another"
+            module.__dict__[_BEFORE] = kind
+            module.__class__ = parts.derived(part, kind)
+            report.count(kind.__name__, part)
 
 
 def accelerate(model: torch.nn.Module, *, fused_loss: bool = False, keep_dropout: bool = False) -> Report:
