@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_compat import FAMILIES, hugging_face
+from test_compat import FAMILIES, assert_as_close_as_before, hugging_face
 
 import fastgpt
 
@@ -63,32 +63,68 @@ def test_attentions_that_are_asked_for_come_from_the_original(family: str) -> No
     torch.testing.assert_close(got.logits, want.logits)
 
 
+LORA = {
+    "gpt2": ["c_attn", "c_fc"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h"],
+    "llama": ["q_proj", "gate_proj", "down_proj"],
+    "mistral": ["v_proj", "up_proj"],
+    "qwen2": ["k_proj", "gate_proj", "o_proj"],
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["on_top", "below"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora(family: str, first: bool) -> None:
+    """Adapters are put on an accelerated model, or the other way round: the same loss and gradients, those of the adapters only."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=LORA[family], init_lora_weights=False, fan_in_fan_out=family == "gpt2")
+    model, idx = hugging_face(family)
+    other = copy.deepcopy(model)
+    if first:
+        fastgpt.accelerate(model)
+    models = []
+    for base in (model, other):
+        torch.manual_seed(5)
+        models.append(peft.get_peft_model(base, config).train())
+    if not first:
+        fastgpt.accelerate(models[0])
+    ours, theirs = (step(adapted, idx) for adapted in models)
+    assert len(ours) == 1 + 2 * 2 * len(LORA[family])
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert all(p.requires_grad == ("lora" in name) for name, p in models[0].named_parameters())
+    merged = models[0].merge_and_unload().eval()
+    torch.testing.assert_close(merged(idx).logits, models[1].eval()(idx).logits, rtol=1e-3, atol=1e-4)
+
+
 WORKER = """
 import sys
 import torch
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from test_compat import hugging_face
+from test_compat import FAMILIES, hugging_face
 import fastgpt
+from fastgpt.nn import fallback
 
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[3]), world_size=2)
 torch.set_num_threads(1)
-model, idx = hugging_face("llama")
-fastgpt.accelerate(model)
-rank = dist.get_rank()
-both = torch.nn.parallel.DistributedDataParallel(model)
-half = idx[:2][rank : rank + 1]
-both(half, labels=half).loss.backward()
+rank, found = dist.get_rank(), {}
+with fallback.whatever_size():
+    for family in FAMILIES:
+        model, idx = hugging_face(family)
+        assert fastgpt.accelerate(model).replaced
+        both = torch.nn.parallel.DistributedDataParallel(model)
+        half = idx[:2][rank : rank + 1]
+        both(half, labels=half).loss.backward()
+        found[family] = [p.grad for p in model.parameters()]
 if rank == 0:
-    torch.save([p.grad for p in model.parameters()], sys.argv[4])
+    torch.save(found, sys.argv[4])
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    model, idx = hugging_face("llama")
-    model(idx[:2], labels=idx[:2]).loss.backward()
+    pytest.importorskip("transformers")
     arguments = [sys.executable, "-P", "-c", WORKER, str(Path(__file__).parent), str(tmp_path / "meet")]
     environment = os.environ | {"PYTHONPATH": str(Path(fastgpt.__file__).parents[1])}
     runs = [
@@ -98,5 +134,26 @@ def test_two_processes(tmp_path: Path) -> None:
     for run in runs:
         _, err = run.communicate(timeout=180)
         assert run.returncode == 0, err.decode()[-2000:]
-    got = torch.load(tmp_path / "grads")
-    torch.testing.assert_close(got, [p.grad for p in model.parameters()], rtol=1e-3, atol=1e-5)
+    found = torch.load(tmp_path / "grads")
+    assert list(found) == list(FAMILIES)
+    for family, got in found.items():
+        model, idx = hugging_face(family)
+        model(idx[:2], labels=idx[:2]).loss.backward()
+        torch.testing.assert_close(got, [p.grad for p in model.parameters()], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_gpt2_of_124m(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 as it is, with random weights: logits and every gradient as close to float64's as they were before."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("test_compat.SEEDS", 1)
+
+    def build(seed: int) -> tuple[Any, torch.Tensor]:
+        torch.manual_seed(seed)
+        config = transformers.GPT2Config(**dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0))
+        return transformers.GPT2LMHeadModel(config), torch.randint(config.vocab_size, (2, 48))
+
+    model, _, report = assert_as_close_as_before(build, autocast=autocast)
+    assert report.replaced["GPT2Block"] == 12
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
