@@ -24,6 +24,12 @@ struct Params {
   // Of attention_sm90 alone: keys before and behind a query's own position that it sees, negative for all; causal masks
   // limit the right to 0.
   int window_left = -1, window_right = -1;
+  // Packed sequences, where first_queries is not null: `sequences` + 1 numbers each, that rise from 0 to queries and to
+  // keys; sequence s has the rows from number s to the next. batch is 1, masks are aligned in each sequence. `plan` is
+  // scratch for the order of the tiles, plan_bytes() of attention_sm90_launch.cuh.
+  const int *first_queries = nullptr, *first_keys = nullptr;
+  int sequences = 0;
+  int* plan = nullptr;
 
   // Of the backward alone. `delta` is scratch, (B, H, Tq): the row sums of dO O.
   const void* grad;

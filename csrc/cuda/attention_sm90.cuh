@@ -8,13 +8,13 @@
 // Keys go from the last that a tile sees to the first, so only the first steps need a mask; rows past the end of a head
 // come as zeros from the copies.
 //
-// head_dim 64 and 128, bf16 and fp16, causal, full and sliding windows, grouped heads, any number of queries and keys.
-// Switched off by default: it has not run on a GPU yet; see docs/notes/hopper.md.
+// head_dim 64 and 128, bf16 and fp16, causal, full and sliding windows, grouped heads, any number of queries and keys,
+// packed sequences (what a step reads past the end of one is the next one's, and has weight 0). Switched off by
+// default: it has not run on a GPU yet; see docs/notes/hopper.md.
 #pragma once
 
 #include <cuda.h>
 
-#include "cuda/attention_mask.cuh"
 #include "cuda/attention_schedule.cuh"
 #include "cuda/attention_tiles.cuh"
 #include "cuda/hopper.cuh"
@@ -106,23 +106,25 @@ __device__ __forceinline__ void attention_fwd_sm90_produce(const CUtensorMap& q_
       ptx::tensor_load_4d(tile + panel * rows * hopper::kPanelRowBytes, &map, full, 64 * panel, first, head, batch);
     }
   };
-  const Sight sight = sight_of(p, p.queries, p.keys);
   hopper::Place<Shape::kStages> place;
   uint32_t query_parity = 0;
-  for (int index = blockIdx.x; index < schedule.count(); index += gridDim.x) {
+  for (int index = blockIdx.x, count = schedule.count(); index < count; index += gridDim.x) {
     const Tile tile = schedule.tile(index);
+    const Sequence s = sequence_of(p, tile.sequence);
+    const Sight sight = sight_of(p, s.queries, s.keys);
     const int first_query = tile.block * BLOCK_M, kv_head = tile.head / (p.heads / p.kv_heads);
     const Range steps = steps_of<BLOCK_N>(sight.keys_of({first_query, first_query + BLOCK_M}));
     if (steps.empty()) continue;
     ptx::mbarrier_wait(memory.query_empty(), query_parity ^ 1);
-    load(memory.query(), q_map, memory.query_full(), BLOCK_M, first_query, tile.head, tile.batch);
+    load(memory.query(), q_map, memory.query_full(), BLOCK_M, s.first_query + first_query, tile.head, s.batch);
     query_parity ^= 1;
     for (int step = steps.end - 1; step >= steps.begin; --step) {
       ptx::mbarrier_wait(memory.key_empty(place.stage), place.parity ^ 1);
-      load(memory.key(place.stage), k_map, memory.key_full(place.stage), BLOCK_N, step * BLOCK_N, kv_head, tile.batch);
+      load(memory.key(place.stage), k_map, memory.key_full(place.stage), BLOCK_N, s.first_key + step * BLOCK_N, kv_head,
+           s.batch);
       ptx::mbarrier_wait(memory.value_empty(place.stage), place.parity ^ 1);
-      load(memory.value(place.stage), v_map, memory.value_full(place.stage), BLOCK_N, step * BLOCK_N, kv_head,
-           tile.batch);
+      load(memory.value(place.stage), v_map, memory.value_full(place.stage), BLOCK_N, s.first_key + step * BLOCK_N,
+           kv_head, s.batch);
       place.next();
     }
   }
@@ -135,7 +137,6 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
   constexpr int BLOCK_M = Shape::BLOCK_M, BLOCK_N = Shape::BLOCK_N;
   const int lane = threadIdx.x % 32, warp_row = 64 * consumer + threadIdx.x % 128 / 32 * 16;
   const float scale = p.scale * kLog2E;
-  const Sight sight = sight_of(p, p.queries, p.keys);
   const int my_turn = 1 + consumer, other_turn = 2 - consumer;
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
@@ -144,8 +145,10 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
   if (consumer == 1) ptx::named_barrier_arrive(other_turn, 256);  // the first consumer goes first
   hopper::Place<Shape::kStages> place;
   uint32_t query_parity = 0;
-  for (int index = blockIdx.x; index < schedule.count(); index += gridDim.x) {
+  for (int index = blockIdx.x, count = schedule.count(); index < count; index += gridDim.x) {
     const Tile tile = schedule.tile(index);
+    const Sequence s = sequence_of(p, tile.sequence);
+    const Sight sight = sight_of(p, s.queries, s.keys);
     const int first_query = tile.block * BLOCK_M, row = first_query + warp_row + lane / 4;
     const Range steps = steps_of<BLOCK_N>(sight.keys_of({first_query, first_query + BLOCK_M}));
 
@@ -225,13 +228,14 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
     for (int half = 0; half < 2; ++half) {
       sum[half] = row_sum(sum[half]);
       inverse[half] = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
-      if (lane % 4 == 0 && row + 8 * half < p.queries) {
+      if (lane % 4 == 0 && row + 8 * half < s.queries) {
         const float lse = sum[half] == 0.0f ? -INFINITY : largest[half] * p.scale + logf(sum[half]);
-        p.lse[(static_cast<int64_t>(tile.batch) * p.heads + tile.head) * p.queries + row + 8 * half] = lse;
+        p.lse[(static_cast<int64_t>(s.batch) * p.heads + tile.head) * p.queries + s.first_query + row + 8 * half] = lse;
       }
     }
-    T* result = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch + tile.head * p.out_stride.head;
-    store_sums(result, p.out_stride.row, row, p.queries, out, inverse[0], inverse[1]);
+    T* result = static_cast<T*>(p.out) + s.batch * p.out_stride.batch + tile.head * p.out_stride.head +
+                s.first_query * p.out_stride.row;
+    store_sums(result, p.out_stride.row, row, s.queries, out, inverse[0], inverse[1]);
   }
   if (consumer == 0) ptx::named_barrier_sync(my_turn, 256);  // the turn that the other gave last
 }

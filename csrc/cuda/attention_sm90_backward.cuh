@@ -41,7 +41,7 @@ template <class T, int kDim, bool kKeys>
 __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ CUtensorMap row0, const __grid_constant__ CUtensorMap row1,
                               const __grid_constant__ CUtensorMap column0, const __grid_constant__ CUtensorMap column1,
-                              const __grid_constant__ Params p) {
+                              const __grid_constant__ Params p, const __grid_constant__ Schedule schedule) {
   using Shape = Sm90Backward<kDim>;
   constexpr int kRows = Shape::BLOCK_ROWS, kColumns = Shape::BLOCK_COLUMNS, kStages = Shape::kStages;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -54,10 +54,12 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
   const uint32_t rows_full = base + Shape::kBarriers;
   float* vectors = reinterpret_cast<float*>(shared + (base - unaligned) + Shape::kVectors);
 
-  const int group = p.heads / p.kv_heads, batch = blockIdx.z, head = blockIdx.y;
-  const int block = kKeys ? blockIdx.x : gridDim.x - 1 - blockIdx.x;  // causal: the longest first
-  const int first_row = block * kRows;
-  const Sight sight = sight_of(p, p.queries, p.keys);
+  if (schedule.plan != nullptr && static_cast<int>(blockIdx.x) >= schedule.count())
+    return;  // packed: fewer tiles than there may be
+  const Tile tile = schedule.tile(blockIdx.x);
+  const Sequence s = sequence_of(p, tile.sequence);
+  const Sight sight = sight_of(p, s.queries, s.keys);
+  const int group = p.heads / p.kv_heads, head = tile.head, first_row = tile.block * kRows;
   const auto seen_by = [&](Range rows) { return kKeys ? sight.queries_of(rows) : sight.keys_of(rows); };
   const Range blocks = steps_of<kColumns>(seen_by({first_row, first_row + kRows}));
   const int width = blocks.end - blocks.begin, steps = kKeys ? width * group : width;
@@ -84,32 +86,34 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
 #pragma unroll
       for (int panel = 0; panel < kDim / 64; ++panel) {
         ptx::tensor_load_4d(tile + panel * rows * hopper::kPanelRowBytes, &map, barrier, 64 * panel, first, of_head,
-                            batch);
+                            s.batch);
       }
     };
     if (threadIdx.x == 0) {
       if (steps > 0) {
         ptx::mbarrier_arrive_expect(rows_full, 2 * Shape::kRowsBytes);
-        load(base, row0, rows_full, kRows, first_row, head);
-        load(base + Shape::kRowsBytes, row1, rows_full, kRows, first_row, head);
+        const int first = (kKeys ? s.first_key : s.first_query) + first_row;
+        load(base, row0, rows_full, kRows, first, head);
+        load(base + Shape::kRowsBytes, row1, rows_full, kRows, first, head);
       }
       for (int step = 0; step < steps; ++step, place.next()) {
         const BackwardStep at = place_of(step);
+        const int first = (kKeys ? s.first_query : s.first_key) + at.first;
         ptx::mbarrier_wait(empty(place.stage), place.parity ^ 1);
         ptx::mbarrier_arrive_expect(full(place.stage), 2 * Shape::kColumnsBytes);
-        load(column_tile(place.stage, 0), column0, full(place.stage), kColumns, at.first, at.head);
-        load(column_tile(place.stage, 1), column1, full(place.stage), kColumns, at.first, at.head);
+        load(column_tile(place.stage, 0), column0, full(place.stage), kColumns, first, at.head);
+        load(column_tile(place.stage, 1), column1, full(place.stage), kColumns, first, at.head);
       }
     } else if (kKeys && threadIdx.x / 32 == 1) {
       for (int step = 0; step < steps; ++step, place.next()) {
         const BackwardStep at = place_of(step);
-        const int64_t from = (static_cast<int64_t>(batch) * p.heads + at.head) * p.queries;
+        const int64_t from = (static_cast<int64_t>(s.batch) * p.heads + at.head) * p.queries + s.first_query;
         ptx::mbarrier_wait(empty(place.stage), place.parity ^ 1);
         for (int i = threadIdx.x % 32; i < kColumns; i += 32) {
           const int column = at.first + i;  // past the end lse is +inf, which makes the weights 0
           float* lse = vectors + 2 * kColumns * place.stage;
-          lse[i] = column < p.queries ? p.lse[from + column] * kLog2E : INFINITY;
-          lse[kColumns + i] = column < p.queries ? p.delta[from + column] : 0.0f;
+          lse[i] = column < s.queries ? p.lse[from + column] * kLog2E : INFINITY;
+          lse[kColumns + i] = column < s.queries ? p.delta[from + column] : 0.0f;
         }
         ptx::mbarrier_arrive(full(place.stage));
       }
@@ -125,9 +129,9 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
   if (!kKeys) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t i = (static_cast<int64_t>(batch) * p.heads + head) * p.queries + row + 8 * half;
-      row_lse[half] = row + 8 * half < p.queries ? p.lse[i] * kLog2E : INFINITY;
-      row_delta[half] = row + 8 * half < p.queries ? p.delta[i] : 0.0f;
+      const int64_t i = (static_cast<int64_t>(s.batch) * p.heads + head) * p.queries + s.first_query + row + 8 * half;
+      row_lse[half] = row + 8 * half < s.queries ? p.lse[i] * kLog2E : INFINITY;
+      row_delta[half] = row + 8 * half < s.queries ? p.delta[i] : 0.0f;
     }
   }
   float sum0[kDim / 2], sum1[kKeys ? kDim / 2 : 1];  // of dS and column0; of P and column1
@@ -184,15 +188,16 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     if (lane == 0) ptx::mbarrier_arrive(empty(place.stage));
   }
 
-  const auto store = [&](void* result, const Strides& s, int rows, const float (&sums)[kDim / 2], float factor) {
-    T* matrix = static_cast<T*>(result) + batch * s.batch + head * s.head;
-    store_sums(matrix, s.row, row, rows, sums, factor, factor);
+  const auto store = [&](void* result, const Strides& by, const float (&sums)[kDim / 2], float factor) {
+    T* matrix =
+        static_cast<T*>(result) + s.batch * by.batch + head * by.head + (kKeys ? s.first_key : s.first_query) * by.row;
+    store_sums(matrix, by.row, row, kKeys ? s.keys : s.queries, sums, factor, factor);
   };
   if constexpr (kKeys) {
-    store(p.grad_key, p.grad_key_stride, p.keys, sum0, p.scale);
-    store(p.grad_value, p.grad_value_stride, p.keys, sum1, 1.0f);
+    store(p.grad_key, p.grad_key_stride, sum0, p.scale);
+    store(p.grad_value, p.grad_value_stride, sum1, 1.0f);
   } else {
-    store(p.grad_query, p.grad_query_stride, p.queries, sum0, p.scale);
+    store(p.grad_query, p.grad_query_stride, sum0, p.scale);
   }
 }
 

@@ -8,6 +8,29 @@
 
 namespace fastgpt::attention {
 
+// Bytes of Params::plan for forward and backward, whose tiles have 128 rows: a list of those of queries, one of keys.
+inline int64_t plan_bytes(const Params& p) {
+  return 4 * (plan_numbers(p.queries, p.sequences, 128) + plan_numbers(p.keys, p.sequences, 128));
+}
+
+// The order of tiles of kBlock rows (kKeys: keys; else queries) that walk in steps of kStep; `count` is how many there
+// are, or of packed sequences how many there may be, and then the list is made at `plan`.
+template <int kBlock, int kStep, bool kKeys>
+Schedule schedule_sm90(const Params& p, int* plan, cudaStream_t stream, int& count) {
+  const int rows = kKeys ? p.keys : p.queries, heads = kKeys ? p.kv_heads : p.heads, group = p.heads / p.kv_heads;
+  if (p.first_queries == nullptr) {
+    const int64_t bytes = static_cast<int64_t>(kKeys ? p.queries * int64_t(group) : p.keys) * p.dim * 4;
+    Schedule schedule = longest_first((rows + kBlock - 1) / kBlock, heads, p.batch, bytes, kKeys ? 1 : group);
+    schedule.rising = kKeys;
+    count = schedule.count();
+    return schedule;
+  }
+  const int room = most_tiles(rows, p.sequences, kBlock);
+  launch(attention_plan_kernel<kBlock, kStep, kKeys>, dim3(1), dim3(kPlanThreads), 0, stream, p, plan, room);
+  count = room * heads;
+  return {0, heads, p.sequences, 0, kKeys, plan};
+}
+
 template <class T, int kDim>
 void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t stream) {
   using Shape = Sm90Forward<kDim>;
@@ -15,10 +38,8 @@ void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_
   const auto map = [&](const char* name, const void* x, const Strides& s, int length, int heads, int rows) {
     return heads_tensor_map(name, x, kBFloat16, kDim, length, heads, p.batch, s.row, s.head, s.batch, rows);
   };
-  const int blocks = (p.queries + Shape::BLOCK_M - 1) / Shape::BLOCK_M, group = p.heads / p.kv_heads;
-  const int64_t bytes_of_keys = static_cast<int64_t>(p.keys) * kDim * 4;
-  const Schedule schedule = longest_first(blocks, p.heads, p.batch, bytes_of_keys, group);
-  const int count = schedule.count();
+  int count = 0;
+  const Schedule schedule = schedule_sm90<Shape::BLOCK_M, Shape::BLOCK_N, false>(p, p.plan, stream, count);
   launch_large(attention_fwd_sm90_kernel<T, kDim>, dim3(count < multiprocessors ? count : multiprocessors),
                dim3(Shape::kThreads), Shape::kSharedBytes, stream,
                map("query", p.query, p.query_stride, p.queries, p.heads, Shape::BLOCK_M),
@@ -31,6 +52,12 @@ inline void check_sm90(const Params& p) {
   if (p.queries > kUnlimited || p.keys > kUnlimited) {
     throw std::invalid_argument("attention: at most 2^30 - 1024 queries and keys, got " + std::to_string(p.queries) +
                                 " and " + std::to_string(p.keys));
+  }
+  if (p.first_queries != nullptr && (p.batch != 1 || p.sequences < 1 || p.first_keys == nullptr || p.plan == nullptr)) {
+    throw std::invalid_argument(
+        "attention: packed sequences need a batch of 1, at least one sequence, the offsets of "
+        "queries and keys, and a plan; got batch " +
+        std::to_string(p.batch) + ", sequences " + std::to_string(p.sequences));
   }
 }
 
@@ -65,12 +92,14 @@ void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
   const auto key = [&](int rows) { return map("key", p.key, p.key_stride, p.keys, p.kv_heads, rows); };
   const auto value = [&](int rows) { return map("value", p.value, p.value_stride, p.keys, p.kv_heads, rows); };
   launch(attention_delta_kernel<T, 90>, dim3((p.queries + 3) / 4, p.heads, p.batch), dim3(128), 0, stream, p);
-  launch_large(attention_bwd_sm90_kernel<T, kDim, true>, dim3((p.keys + kRows - 1) / kRows, p.kv_heads, p.batch),
-               dim3(Shape::kThreads), Shape::kSharedBytes, stream, key(kRows), value(kRows), query(kColumns),
-               grad(kColumns), p);
-  launch_large(attention_bwd_sm90_kernel<T, kDim, false>, dim3((p.queries + kRows - 1) / kRows, p.heads, p.batch),
-               dim3(Shape::kThreads), Shape::kSharedBytes, stream, query(kRows), grad(kRows), key(kColumns),
-               value(kColumns), p);
+  int count = 0;
+  int* plan_of_keys = p.plan == nullptr ? nullptr : p.plan + plan_numbers(p.queries, p.sequences, kRows);
+  const Schedule keys = schedule_sm90<kRows, kColumns, true>(p, plan_of_keys, stream, count);
+  launch_large(attention_bwd_sm90_kernel<T, kDim, true>, dim3(count), dim3(Shape::kThreads), Shape::kSharedBytes,
+               stream, key(kRows), value(kRows), query(kColumns), grad(kColumns), p, keys);
+  const Schedule queries = schedule_sm90<kRows, kColumns, false>(p, p.plan, stream, count);
+  launch_large(attention_bwd_sm90_kernel<T, kDim, false>, dim3(count), dim3(Shape::kThreads), Shape::kSharedBytes,
+               stream, query(kRows), grad(kRows), key(kColumns), value(kColumns), p, queries);
 }
 
 // Raises std::invalid_argument for what the kernels do not cover, before anything is launched.

@@ -28,9 +28,18 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     magnitude: float = 1.0
     window: tuple[int, int] = (-1, -1)
+    lengths: tuple[tuple[int, int], ...] = ()  # of packed sequences: queries and keys of each, queries and keys in all
 
     def tensor(self, heads: int, length: int, seed: int) -> Tensor:
         return random(self.batch, length, heads, self.dim, dtype=self.dtype, seed=seed, scale=self.magnitude)
+
+    @property
+    def offsets(self) -> tuple[Tensor | None, Tensor | None]:
+        """cu_seqlens of queries and of keys, (S + 1) int32."""
+        if not self.lengths:
+            return None, None
+        sums = torch.tensor([(0, 0), *self.lengths]).cumsum(0).int()
+        return sums[:, 0].contiguous(), sums[:, 1].contiguous()
 
     @property
     def scale(self) -> float:
@@ -39,7 +48,7 @@ class Case:
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
     """torch's own result for (B, H, T, D), 0 for queries that see nothing."""
-    mask = reference.visible(case.queries, case.keys, case.causal, *case.window, None, None, q.device)
+    mask = reference.visible(case.queries, case.keys, case.causal, *case.window, *case.offsets, q.device)
     out = scaled_dot_product_attention(q, k, v, attn_mask=None if mask.all() else mask, enable_gqa=True)
     return torch.where(mask.any(-1)[:, None], out, 0.0)
 
@@ -52,7 +61,7 @@ def check(
     bug: str | None = None,
     backward: bool = True,
     sanitizer: str | None = None,
-    more: tuple[int, ...] = (),
+    more: tuple[Tensor | int | float | None, ...] = (),
 ) -> list[Tensor]:
     """Run forward and backward, hold out, lse and the three gradients to the rule, and return them.
 
@@ -65,7 +74,7 @@ def check(
     out, lse = torch.full_like(q, poison), torch.full((c.batch, c.heads, c.queries), poison)
     sizes = (c.batch, c.heads, c.kv_heads, c.queries, c.keys, c.dim, int(c.causal), float(c.scale))
 
-    def call(kernel: str, *arguments: Tensor | int | float) -> None:
+    def call(kernel: str, *arguments: Tensor | int | float | None) -> None:
         if sanitizer is None:
             emulator(f"{kernel}_{name}", *arguments, mode=mode, seed=seed, bug=bug)
         else:
@@ -73,7 +82,7 @@ def check(
 
     call("attention_fwd", q, k, v, out, lse, *sizes, *more)
     wide_q, wide_k, wide_v = (x.double().transpose(1, 2) for x in (q, k, v))
-    options = (c.causal, c.scale, 0.0, None, *c.window)
+    options = (c.causal, c.scale, 0.0, None, *c.window, 0.0, *c.offsets)
     exact, exact_lse = reference.attention(wide_q, wide_k, wide_v, *options)
     narrow = q1, k1, v1 = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
     theirs = _torch(q1, k1, v1, c)

@@ -12,6 +12,20 @@ EMU_BIND(attention_fwd_bf16) { attention_fwd_sm90<__nv_bfloat16>(forward(a), a.i
 EMU_BIND(attention_fwd_bf16) { launch_attention_fwd_sm90<__nv_bfloat16, 64>(forward(a), a.integer(13), nullptr); }
 #endif
 
+// plan (int32); first_queries, first_keys, sequences, queries, keys, causal, and whether its rows are keys.
+EMU_BIND(plan) {
+  Params p = {};
+  int* plan = a.pointer<int>(0);
+  p.first_queries = a.pointer<int>(1), p.first_keys = a.pointer<int>(2), p.sequences = a.integer(3), p.batch = 1;
+  p.queries = a.integer(4), p.keys = a.integer(5), p.causal = a.integer(6), p.heads = p.kv_heads = 1;
+  int count = 0;
+  if (a.integer(7)) {
+    schedule_sm90<128, 64, true>(p, plan, nullptr, count);
+  } else {
+    schedule_sm90<128, 64, false>(p, plan, nullptr, count);
+  }
+}
+
 // ranges (4): of the keys that queries see, and of the queries that keys see; queries, keys, window_left, window_right,
 // causal, the rows from .. to.
 EMU_BIND(ranges) {
@@ -24,13 +38,14 @@ EMU_BIND(ranges) {
   to[0] = keys.begin, to[1] = keys.end, to[2] = queries.begin, to[3] = queries.end;
 }
 
-// tiles (count, 3) of a schedule: blocks, heads, batch, bytes of a key head, group.
+// tiles (count, 3) of a schedule: blocks, heads, batch, bytes of a key head, group, rising.
 EMU_BIND(schedule) {
-  const Schedule s = longest_first(a.integer(1), a.integer(2), a.integer(3), a.integer(4), a.integer(5));
+  Schedule s = longest_first(a.integer(1), a.integer(2), a.integer(3), a.integer(4), a.integer(5));
+  s.rising = a.integer(6);
   for (int i = 0; i < s.count(); ++i) {
     const Tile tile = s.tile(i);
     int64_t* row = a.pointer<int64_t>(0) + 3 * i;
-    row[0] = tile.block, row[1] = tile.head, row[2] = tile.batch;
+    row[0] = tile.block, row[1] = tile.head, row[2] = tile.sequence;
   }
 }
 

@@ -15,7 +15,7 @@ from fastgpt.ops import reference
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
 
 KERNEL, HOPPER, BACKWARD = "attention_sm90.cuh", "hopper.cuh", "attention_sm90_backward.cuh"
-MASK = "attention_mask.cuh"
+MASK, SCHEDULE = "attention_mask.cuh", "attention_schedule.cuh"
 K_FREE = "ptx::mbarrier_wait(memory.key_empty(place.stage), place.parity ^ 1);"
 SCORES = (
     "ptx::wgmma_wait<1>();  // the scores\n        ptx::keep(scores);\n        release(memory.key_empty(place.stage));"
@@ -41,10 +41,20 @@ BUGS = [
     Bug("does not wait for Q to be free", KERNEL, "ptx::mbarrier_wait(memory.query_empty(), query_parity ^ 1);", ";"),
     Bug("does not wait for V", KERNEL, V_THERE, "ptx::named_barrier_sync(my_turn, 256);"),
     Bug("one consumer frees the stage", KERNEL, COUNT, COUNT.replace(" * Shape::kConsumers", "")),
-    Bug("too many must free the stage", KERNEL, COUNT.replace("key", "value"), "ptx::mbarrier_init(memory.value_empty(stage), 9);"),
+    Bug(
+        "too many must free the stage",
+        KERNEL,
+        COUNT.replace("key", "value"),
+        "ptx::mbarrier_init(memory.value_empty(stage), 9);",
+    ),
     Bug("scores read too early", KERNEL, SCORES, SCORES.replace("<1>", "<2>")),
     Bug("sums read too early", KERNEL, SUMS, SUMS.replace("<0>", "<1>")),
-    Bug("V freed before its product is done", KERNEL, SUMS, "release(memory.value_empty(behind.stage)); ptx::wgmma_wait<0>();"),
+    Bug(
+        "V freed before its product is done",
+        KERNEL,
+        SUMS,
+        "release(memory.value_empty(behind.stage)); ptx::wgmma_wait<0>();",
+    ),
     Bug("last sums never waited for", KERNEL, "ptx::wgmma_wait<0>();  // the last sums", ";"),
     Bug("no fence", KERNEL, "ptx::wgmma_fence();  // of the loop", ";"),
     Bug("turns are not given back", KERNEL, GIVE_TURN, "ptx::wgmma_commit();"),
@@ -69,13 +79,49 @@ BUGS = [
     Bug("gradients: stage freed twice", BACKWARD, G_SUMS, TWICE),
     Bug("gradients: delta left out", BACKWARD, "kKeys ? delta[column] : row_delta[i / 2 % 2]", "0.0f", expression=True),
     Bug("the other row's mask", MASK, "i / 2 % 2 ? lower : upper", "i % 2 ? lower : upper", expression=True),
-    Bug("gradients: queries left out", MASK, "rows.begin - offset - right", "rows.begin - offset - right + 64", expression=True),
+    Bug(
+        "gradients: queries left out",
+        MASK,
+        "rows.begin - offset - right",
+        "rows.begin - offset - right + 64",
+        expression=True,
+    ),
     Bug("gradients: one head of the group", BACKWARD, "width * group", "width", expression=True),
     Bug("window: left edge off by one", MASK, "column < seen.begin", "column + 1 < seen.begin", expression=True),
-    Bug("window: first keys never loaded", MASK, "range.begin / kStep", "(range.begin + kStep - 1) / kStep", expression=True),
+    Bug(
+        "window: first keys never loaded",
+        MASK,
+        "range.begin / kStep",
+        "(range.begin + kStep - 1) / kStep",
+        expression=True,
+    ),
     Bug("window: edge blocks unmasked", MASK, "columns.begin >= rows.end - 1 + offset - left", "true", expression=True),
     Bug("window: last queries left out", MASK, "last + left + 1", "last + left", expression=True),
+    Bug("packed: the wrong rows of Q", KERNEL, "s.first_query + first_query", "first_query", expression=True),
+    Bug("packed: the wrong rows of lse", KERNEL, "s.first_query + row + 8 * half", "row + 8 * half", expression=True),
+    Bug(
+        "packed: gradients from the wrong rows",
+        BACKWARD,
+        "(kKeys ? s.first_query : s.first_key) + at.first",
+        "at.first",
+        expression=True,
+    ),
+    Bug(
+        "packed: the next sequence's lse",
+        BACKWARD,
+        "column < s.queries ? p.lse[from + column] * kLog2E : INFINITY",
+        "p.lse[from + column] * kLog2E",
+        expression=True,
+    ),
     Bug("registers that are not there", KERNEL, "ptx::registers_decrease<Shape::kProducerRegisters>();", ";"),
+]
+PLAN_BUGS = [
+    Bug("plan: shortest first", SCHEDULE, "kPlanThreads - 1 - (steps >> shift)", "steps >> shift", expression=True),
+    Bug("plan: no barrier before the sums", SCHEDULE, "__syncthreads();  // counted", ";"),
+    Bug("plan: no barrier between read and write", SCHEDULE, "__syncthreads();  // read by all", ";"),
+    Bug("plan: no barrier before the list", SCHEDULE, "__syncthreads();  // where each length begins", ";"),
+    Bug("plan: offsets taken as they are", SCHEDULE, "x < least ? least : x > most ? most : x", "x", expression=True),
+    Bug("plan: a list past its room", SCHEDULE, "at < room", "true", expression=True),
 ]  # fmt: skip
 CASES = [
     Case(128, 128),
@@ -99,22 +145,40 @@ WINDOWS = [
     Case(130, 700, 128, window=(0, 0)),
     Case(200, 200, window=(150, -1)),
 ]
-BROKEN = [
-    Case(260, 390, 128, causal=True, heads=2, kv_heads=1),
-    Case(140, 800, heads=2, kv_heads=1),
-    Case(300, 500, window=(64, 63), heads=2),
+PACKED = [
+    Case(300, 300, causal=True, lengths=((130, 130), (1, 1), (0, 0), (169, 169)), heads=2),
+    Case(210, 400, 128, causal=True, lengths=((100, 37), (10, 200), (100, 163)), heads=2, kv_heads=1),
+    Case(260, 390, lengths=((60, 260), (200, 130)), dtype=torch.float16),
+    Case(400, 400, causal=True, window=(50, -1), lengths=((129, 129), (271, 271))),
 ]
+BROKEN = {  # by the first word of a bug's name
+    "": [Case(260, 390, 128, causal=True, heads=2, kv_heads=1), Case(140, 800, heads=2, kv_heads=1)],
+    "window": [Case(300, 500, window=(64, 63), heads=2)],
+    "packed": [Case(200, 330, causal=True, lengths=((70, 130), (130, 200)), heads=2, kv_heads=1)],
+}
 
 
 @pytest.fixture(scope="module")
 def emulator() -> Emulator:
-    return Emulator("attention_sm90", BUGS)
+    return Emulator("attention_sm90", BUGS + PLAN_BUGS)
+
+
+def tiles(rows: int, sequences: int) -> int:
+    """Numbers that the list of tiles of packed sequences takes."""
+    return 2 + 2 * (rows // 128 + sequences)
+
+
+def scratch(case: Case) -> Tensor | None:
+    """Memory for the plans of packed sequences."""
+    numbers = tiles(case.queries, len(case.lengths)) + tiles(case.keys, len(case.lengths))
+    return torch.full((numbers,), -7, dtype=torch.int32) if case.lengths else None
 
 
 def check(
     emulator: Emulator, case: Case, multiprocessors: int = 2, **how: "str | int | tuple[str, str]"
 ) -> list[Tensor]:
-    return attention_cases.check(emulator, case, more=(multiprocessors, *case.window), **how)  # type: ignore[arg-type]
+    more = (multiprocessors, *case.window, *case.offsets, len(case.lengths), scratch(case))
+    return attention_cases.check(emulator, case, more=more, **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -142,12 +206,97 @@ def test_ranges_are_the_rows_that_see_each_other(emulator: Emulator, queries: in
                     assert list(range(first, stop)) == right_ones, (left, right, causal, begin, end)
 
 
+LENGTHS = [
+    ((300, 300), (1, 1), (128, 128), (0, 0), (129, 129), (700, 700)),
+    ((5, 900), (900, 5), (0, 40), (40, 0), (256, 384)),
+    tuple((n % 7, n % 5) for n in range(70)),
+    ((70_000, 70_000), (64_000, 200)),
+]
+
+
+def check_plan(
+    emulator: Emulator,
+    lengths: tuple[tuple[int, int], ...],
+    keys_first: bool,
+    causal: bool,
+    mode: tuple[str, str] = MODES[0],
+    bug: str | None = None,
+) -> None:
+    """Each tile once, ordered by the steps that its rows' masks leave, counted here one by one."""
+    case = Case(sum(q for q, _ in lengths), sum(k for _, k in lengths), causal=causal, lengths=lengths)
+    room = tiles(case.keys if keys_first else case.queries, len(lengths))
+    plan = torch.full((room,), -7, dtype=torch.int32)
+    sizes = (len(lengths), case.queries, case.keys, int(causal), int(keys_first))
+    emulator("plan", plan, *case.offsets, *sizes, mode=mode, seed=3, bug=bug)
+    count = int(plan[0])
+    order = [tuple(entry) for entry in plan[2 : 2 + 2 * count].reshape(-1, 2).tolist()]
+    assert sorted(order) == sorted(
+        (block, s)
+        for s, (queries, keys) in enumerate(lengths)
+        for block in range(-(-(keys if keys_first else queries) // 128))
+    )
+    steps = []
+    for block, s in order:
+        queries, keys = lengths[s]
+        if keys_first:  # the first query that sees the block's first key, to the last
+            begin, end = max(0, 128 * block - (keys - queries)) if causal else 0, queries
+        else:
+            begin, end = 0, max(0, min(keys, min(128 * block + 128, queries) + keys - queries)) if causal else keys
+        steps.append(-(-end // 64) - begin // 64 if end > begin else 0)
+    shift = 0
+    while max(steps) >> shift >= 1024:
+        shift += 1
+    places = [n >> shift for n in steps]
+    assert places == sorted(places, reverse=True)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=range(len(LENGTHS)))
+@pytest.mark.parametrize("keys_first", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_plan_of_packed_sequences(
+    emulator: Emulator, lengths: tuple[tuple[int, int], ...], keys_first: bool, causal: bool
+) -> None:
+    for mode in (MODES[0], ("warp priority", "random")):
+        check_plan(emulator, lengths, keys_first, causal, mode)
+
+
+@pytest.mark.parametrize("bug", [bug.name for bug in PLAN_BUGS])
+def test_planted_bugs_of_the_plan_are_caught(emulator: Emulator, bug: str) -> None:
+    for mode in [MODES[0], ("random", "eager"), ("warp priority", "eager")]:
+        try:
+            check_plan(emulator, LENGTHS[0], False, True, mode, bug)
+            check_offsets(emulator, mode, bug)
+        except (EmulationError, AssertionError):
+            return
+    pytest.fail("no mode saw it")
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_sequences(emulator: Emulator, case: Case) -> None:
+    check(emulator, case, mode=("random", "random"))
+
+
+def test_offsets_outside_of_the_tensors_are_kept_within(emulator: Emulator) -> None:
+    check_offsets(emulator)
+
+
+def check_offsets(emulator: Emulator, mode: tuple[str, str] = MODES[0], bug: str | None = None) -> None:
+    """Offsets that overlap, fall and leave the tensors: nothing outside of memory is touched."""
+    q = torch.randn(1, 520, 1, 64).bfloat16()
+    out, lse = torch.zeros_like(q), torch.zeros(1, 1, 520)
+    offsets = torch.tensor([-50, 3000, 0, 3000, 0, 3000], dtype=torch.int32)
+    plan = torch.zeros(tiles(520, 5), dtype=torch.int32)
+    sizes = (1, 1, 1, 520, 520, 64, 1, 0.125)
+    emulator("attention_fwd_bf16", q, q, q, out, lse, *sizes, 2, -1, -1, offsets, offsets, 5, plan, mode=mode, bug=bug)
+    assert torch.isfinite(out).all()
+
+
 def test_a_window_reads_its_own_keys_alone(emulator: Emulator) -> None:
     q, k, v = (torch.randn(1, 128, 1, 64).bfloat16() for _ in range(3))
     far = torch.full((1, 1280, 1, 64), float("nan"), dtype=torch.bfloat16)
     k, v = (torch.cat([far, x], dim=1) for x in (k, v))
     out, lse = torch.full_like(q, float("nan")), torch.full((1, 1, 128), float("nan"))
-    emulator("attention_fwd_bf16", q, k, v, out, lse, 1, 1, 1, 128, 1408, 64, 1, 0.125, 1, 0, -1)
+    emulator("attention_fwd_bf16", q, k, v, out, lse, 1, 1, 1, 128, 1408, 64, 1, 0.125, 1, 0, -1, None, None, 0, None)
     assert torch.isfinite(out).all()
 
 
@@ -168,7 +317,7 @@ def test_any_grid_gives_the_same_bits(emulator: Emulator, multiprocessors: int) 
 
 @pytest.mark.parametrize("bug", [bug.name for bug in BUGS])
 def test_planted_bugs_are_caught(emulator: Emulator, bug: str) -> None:
-    for seed, case in itertools.product(range(2), BROKEN):
+    for seed, case in itertools.product(range(2), BROKEN.get(bug.partition(":")[0], BROKEN[""])):
         for mode in [MODES[0], ("random", "lazy"), ("warp priority", "random"), ("warp priority", "eager")]:
             try:
                 check(emulator, case, mode=mode, seed=seed, bug=bug, multiprocessors=1)
@@ -190,7 +339,11 @@ def test_the_schedule_takes_each_tile_once_and_long_ones_first(
     emulator: Emulator, blocks: int, heads: int, batch: int, kilobytes: int, group: int
 ) -> None:
     tiles = torch.full((blocks * heads * batch, 3), -1)
-    emulator("schedule", tiles, blocks, heads, batch, kilobytes << 10, group)
+    emulator("schedule", tiles, blocks, heads, batch, kilobytes << 10, group, 1)
+    rising = tiles.clone()
+    emulator("schedule", tiles, blocks, heads, batch, kilobytes << 10, group, 0)
+    rising[:, 0] = blocks - 1 - rising[:, 0]
+    assert torch.equal(rising, tiles)
     order = [tuple(row) for row in tiles.tolist()]
     assert sorted(order) == list(itertools.product(range(blocks), range(heads), range(batch)))
     section = min(heads * batch, max(group, (32 << 10) // kilobytes * group))
