@@ -204,6 +204,25 @@ def test_blocks_with_dropout(kind: str, calls: list[str], monkeypatch: pytest.Mo
     assert given[1:] == [(0.0, 0.0)] * 2
 
 
+def test_dropout_of_attention_in_a_block_by_parts() -> None:
+    """A block with a hook: attention alone is ours, and still drops weights."""
+    model, idx = gpt2(attn_pdrop=0.5)
+    fastgpt.accelerate(model)
+    for block in model.transformer.h:
+        block.mlp.c_fc.register_forward_hook(lambda *_: None)
+    model.train()
+
+    def logits(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        found: torch.Tensor = model(idx).logits
+        return found
+
+    assert torch.equal(logits(1), logits(1))
+    assert not torch.allclose(logits(1), logits(2), atol=1e-4)
+    model.eval()
+    assert torch.equal(logits(1), logits(2))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "nano"])
 def test_a_training_step_without_logits(kind: str) -> None:
     model, idx = gpt2() if kind == "gpt2" else nano()

@@ -13,6 +13,8 @@ import torch
 from test_compat import FAMILIES, assert_as_close_as_before, hugging_face
 
 import fastgpt
+from fastgpt.compat import hf
+from fastgpt.compat.masks import is_causal_only
 
 pytestmark = pytest.mark.usefixtures("whatever_size")
 
@@ -34,6 +36,34 @@ def test_gradient_checkpointing(family: str) -> None:
     for reentrant in (False, True):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         torch.testing.assert_close(step(model, idx), want, rtol=1e-3, atol=1e-5)
+
+
+def test_masks_that_say_causal() -> None:
+    """transformers 4.5x makes them for training without a cache: they do not keep a layer from our op; others do."""
+    causal = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    assert is_causal_only(causal, 6)
+    assert is_causal_only(causal, 6)  # from memory
+    causal[1, 0, 5, 2] = False
+    assert not is_causal_only(causal, 6)
+    causal[1, 0, 5, 2] = True
+    assert is_causal_only(causal, 6)
+    for other in (None, torch.ones(2, 1, 6, 6), causal.float(), causal[:, 0], causal[..., :5], ~causal):
+        assert not is_causal_only(other, 6)
+
+    model, idx = hugging_face("llama")
+    want = model(idx).logits
+    fastgpt.accelerate(model)
+    seen: list[bool] = []
+    ours = hf.ops.attention
+    mask = torch.ones(17, 17, dtype=torch.bool).tril().expand(3, 1, 17, 17)
+    padded = mask.clone()
+    padded[0, :, :, :3] = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf.ops, "attention", lambda *a, **k: seen.append(k["is_causal"]) or ours(*a, **k))
+        torch.testing.assert_close(model(idx, attention_mask=mask).logits, want)
+        assert seen == [True, True]
+        model(idx, attention_mask=padded)
+        assert len(seen) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.compat.masks import is_causal_only
 from fastgpt.nn.fallback import is_small
 from fastgpt.nn.linear import reads_few_rows
 from fastgpt.ops.transformer_block import covers, transformer_block_with_qkv
@@ -145,7 +146,7 @@ class GPT2BlockPart(torch.nn.Module):
         ):
             y = None
             cached = 0 if cache is None else cache.get_seq_length(_layer(self))
-            if mask is None and cached == 0:
+            if cached == 0 and (mask is None or is_causal_only(mask, x.shape[1])):
                 y = self._in_one_call(x, cache, drops)
             elif cache is not None and x.shape[1] == 1 and reads_few_rows(x) and not any(drops):
                 y = self._one_token(x, cache, mask)

@@ -3,9 +3,9 @@
     fastgpt.compat.hf.register()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fastgpt")
 
-Masks are those of "sdpa": where none is needed there is none, and `ops.attention` computes the layer. With a mask (left padding, a
-sliding window shorter than the text), dropout on the probabilities or a position bias, transformers' own sdpa does; this is logged
-once.
+Masks are those of "sdpa": where none is needed there is none, or one that says "causal", and `ops.attention` computes the layer. With
+another mask (left padding, a sliding window shorter than the text), dropout on the probabilities or a position bias, transformers'
+own sdpa does; this is logged once. (Dropout of a model given to `fastgpt.accelerate` without keep_dropout is the op's.)
 """
 
 import functools
@@ -16,6 +16,7 @@ import torch
 
 from fastgpt import ops
 from fastgpt.compat.blocks import DropoutPart
+from fastgpt.compat.masks import is_causal_only
 from fastgpt.nn.fallback import is_small
 
 NAME = "fastgpt"
@@ -40,11 +41,11 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query (B, H, T, D), key and value (B, H_kv, T_k, D) to (B, T, H, D), None."""
     what = None
+    if is_causal_only(attention_mask, query.shape[2]) and query.shape[2] == key.shape[2]:
+        attention_mask, is_causal = None, True
     if attention_mask is not None:
         what = "a mask"
-    elif dropout and not isinstance(
-        getattr(module, "attn_dropout", None), DropoutPart
-    ):  # else `accelerate` made it ours
+    elif dropout and not isinstance(getattr(module, "attn_dropout", None), DropoutPart):  # made ours by `accelerate`
         what = "dropout on the probabilities"
     elif any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
         what = "a position bias, a soft cap or a paged cache"
@@ -71,7 +72,8 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
     if causal:  # keys behind the last query (a cache of a fixed size, not full yet) are seen by none
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    return ops.attention(query, key, value, is_causal=causal, scale=scaling).transpose(1, 2), None
+    y = ops.attention(query, key, value, is_causal=causal, scale=scaling, dropout_p=dropout)  # (B, H, T, D)
+    return y.transpose(1, 2), None
 
 
 def register() -> None:
