@@ -16,6 +16,8 @@ namespace {
 
 constexpr size_t kBatchSpans = 512;  // pre-tokens found before their ids are looked up
 constexpr size_t kGroup = 96;  // pre-tokens whose lines are fetched at once: they must stay in the first-level cache
+constexpr size_t kJobs = 128;  // missing pre-tokens that are merged together
+constexpr size_t kJobPlaces = 512;                // a power of two
 constexpr size_t kBytesPerId = 3;                 // room to begin with; English and code have more bytes an id
 constexpr size_t kThreadBytes = size_t{1} << 20;  // text that is worth handing to another thread
 constexpr size_t kKeptBytes = size_t{4} << 20;    // scratch memory above this is given back
@@ -65,15 +67,17 @@ struct Encoder::Worker {
   uint32_t ends[kBatchSpans];
   WordCache::Probe probes[kGroup];
   uint8_t text[kShortBytes + kRoom] = {};
-  struct Group {  // the pre-tokens that `probes` are of
-    const uint8_t* text;
-    const uint32_t* ends;
-    size_t size;
-    bool merged;  // whether those that were missing have been brought into the cache
-  } group = {};
-  MergeJob jobs[kGroup];    // the missing ones
-  uint32_t missed[kGroup];  // their numbers
-  uint32_t ids[kGroup * MergeJob::kMaxBytes];
+  // Pre-tokens of a call of encode_words that are not in the cache, each once, and where their ids belong.
+  struct Hole {
+    uint32_t* at;
+    uint32_t job;
+  };
+  size_t job_count = 0, hole_count = 0;
+  MergeJob jobs[kJobs];
+  WordCache::Probe job_probes[kJobs];
+  uint8_t job_places[kJobPlaces] = {};  // by hash: a job's number + 1; 0: none
+  Hole holes[kBatchSpans];
+  uint32_t ids[kJobs * MergeJob::kMaxBytes];
 };
 
 // A worker of the encoder for the time of one call, or a new one when all are in use.
@@ -172,73 +176,85 @@ size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, si
   return count;
 }
 
-// Merges those of `count` pre-tokens that are not in the cache, all in step, and puts them there. The first begins at
-// text + begin; number i ends at text + ends[i] and has probes[i].
-[[gnu::noinline]] void Encoder::merge_missing(Worker& worker, const uint8_t* text, size_t begin, const uint32_t* ends,
-                                              const WordCache::Probe* probes, size_t count) const {
-  size_t jobs = 0;
-  uint32_t* ids = worker.ids;
-  uint32_t found[WordCache::kSlackIds + WordCache::kMaxFarBytes];
-  for (size_t i = 0; i < count; begin = ends[i++]) {
-    const uint8_t* const p = text + begin;
-    const size_t n = ends[i] - begin;
-    if (n > MergeJob::kMaxBytes) continue;
-    if (n <= WordCache::kMaxBytes) {
-      if (n <= 15 && WordCache::find_quick(probes[i], n, found)) continue;
-      if (worker.cache.find(probes[i], p, n, found)) continue;
-    } else if (worker.cache.find_far(p, n, found)) {
-      continue;
-    }
-    if (look_whole_) {
-      const uint32_t id = vocabulary_.find(p, n);
-      if (id != kNone) continue;  // one look-up: left to whoever needs it
-    }
-    worker.missed[jobs] = static_cast<uint32_t>(i);
-    worker.jobs[jobs++] = {p, static_cast<uint32_t>(n), 0, ids};
-    ids += n;
+// The ids of a pre-token that stands at no first place of the cache, its probe made where it is of at most
+// WordCache::kMaxBytes. One that is not there at all is left for fill_holes. Returns by how much `out` moves on.
+[[gnu::noinline]] size_t Encoder::find_or_queue(Worker& worker, const WordCache::Probe& probe, const uint8_t* p,
+                                                size_t n, uint32_t* out) const {
+  if (n <= WordCache::kMaxBytes) {
+    if (const size_t count = worker.cache.find(probe, p, n, out)) return count;
+    if (look_whole_) return find_or_merge(worker, probe, p, n, out);
+  } else {
+    if (n > MergeJob::kMaxBytes || look_whole_) return merge_long_word(worker, p, n, out);
+    if (const size_t count = worker.cache.find_far(p, n, out)) return count;
   }
+  uint64_t head, tail;
+  std::memcpy(&head, p, 8);
+  std::memcpy(&tail, p + std::max<size_t>(n, 8) - 8, 8);
+  const uint64_t key = n <= WordCache::kMaxBytes ? probe.low ^ probe.high : head ^ tail;
+  size_t place = mix(key + n) >> 16 & (kJobPlaces - 1);
+  for (; worker.job_places[place]; place = (place + 1) & (kJobPlaces - 1)) {
+    const uint32_t job = worker.job_places[place] - 1u;
+    if (worker.jobs[job].size != n || std::memcmp(worker.jobs[job].bytes, p, n)) continue;
+    worker.holes[worker.hole_count++] = {out, job};
+    return 0;
+  }
+  size_t moved = 0;
+  if (worker.job_count == kJobs) {
+    moved = fill_holes(worker, out);
+    place = mix(key + n) >> 16 & (kJobPlaces - 1);
+  }
+  const uint32_t job = static_cast<uint32_t>(worker.job_count++);
+  worker.job_places[place] = static_cast<uint8_t>(job + 1);
+  worker.jobs[job] = {p, static_cast<uint32_t>(n), 0, worker.ids + job * MergeJob::kMaxBytes};
+  worker.job_probes[job] = probe;
+  worker.holes[worker.hole_count++] = {out + moved, job};
+  return moved;
+}
+
+// Merges what find_or_queue has left, remembers it and moves the ids before `out` apart to put it between them. Returns
+// by how much `out` moves on.
+size_t Encoder::fill_holes(Worker& worker, uint32_t* out) const {
+  const size_t jobs = worker.job_count;
   merge_pieces(vocabulary_, worker.jobs, jobs, worker.scratch);
   for (size_t i = 0; i < jobs; ++i) {
     const MergeJob& job = worker.jobs[i];
-    // A pre-token that stands in the group twice is kept once: copies would take the places of others.
     if (job.size > WordCache::kMaxBytes) {
-      if (worker.cache.find_far(job.bytes, job.size, found)) continue;
       worker.cache.insert_far(job.bytes, job.size, job.ids, job.count);
     } else {
-      const WordCache::Probe& probe = probes[worker.missed[i]];
-      if (worker.cache.find(probe, job.bytes, job.size, found)) continue;
-      worker.cache.insert(probe, job.bytes, job.size, job.ids, job.count);
+      worker.cache.insert(worker.job_probes[i], job.bytes, job.size, job.ids, job.count);
     }
   }
+  size_t total = 0;
+  for (size_t i = 0; i < worker.hole_count; ++i) total += worker.jobs[worker.holes[i].job].count;
+  const uint32_t* from = out;
+  uint32_t* to = out + total;
+  for (size_t i = worker.hole_count; i--;) {
+    const Worker::Hole& hole = worker.holes[i];
+    const MergeJob& job = worker.jobs[hole.job];
+    const size_t after = static_cast<size_t>(from - hole.at);
+    to -= after;
+    std::memmove(to, hole.at, after * sizeof(uint32_t));
+    to -= job.count;
+    for (size_t k = 0; k < job.count; ++k) to[k] = job.ids[k];
+    from = hole.at;
+  }
+  forget_jobs(worker);
+  return total;
 }
 
-// The ids of a pre-token of worker.group that stands at no first place. The first one of a group that the cache does
-// not have brings in all that follow.
-[[gnu::noinline]] size_t Encoder::find_or_merge_group(Worker& worker, const WordCache::Probe& probe, const uint8_t* p,
-                                                      size_t n, uint32_t* out) const {
-  if (n <= WordCache::kMaxBytes) {
-    if (const size_t count = worker.cache.find(probe, p, n, out)) return count;
-  } else if (n <= WordCache::kMaxFarBytes) {
-    if (const size_t count = worker.cache.find_far(p, n, out)) return count;
-  }
-  Worker::Group& group = worker.group;
-  if (!group.merged) {
-    group.merged = true;
-    const size_t place = static_cast<size_t>(&probe - worker.probes);
-    merge_missing(worker, group.text, static_cast<size_t>(p - group.text), group.ends + place, &probe,
-                  group.size - place);
-  }
-  return n <= WordCache::kMaxBytes ? find_or_merge(worker, probe, p, n, out) : merge_long_word(worker, p, n, out);
+void Encoder::forget_jobs(Worker& worker) {
+  std::memset(worker.job_places, 0, sizeof(worker.job_places));
+  worker.job_count = worker.hole_count = 0;
 }
 
-// The ids of one pre-token of worker.group, whose probe has been made where it is of at most WordCache::kMaxBytes.
+// The ids of one pre-token with room behind it, whose probe has been made where it is of at most WordCache::kMaxBytes.
 inline uint32_t* Encoder::encode_probed(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
                                         uint32_t* out) const {
   if (__builtin_expect(n <= 15, 1)) {
     const size_t count = WordCache::find_quick(probe, n, out);
     if (__builtin_expect(count != 0, 1)) return out + count;
   }
-  return out + find_or_merge_group(worker, probe, p, n, out);
+  return out + find_or_queue(worker, probe, p, n, out);
 }
 
 // The ids of the pre-tokens that begin at `begin` and end at worker.ends[0, spans).
@@ -248,6 +264,7 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t read
   // How many can be read and merged in place.
   size_t inside = spans;
   while (inside && worker.ends[inside - 1] + kRoom > readable) --inside;
+  if (worker.job_count) forget_jobs(worker);  // what an exception has left
   for (size_t group = 0; group < inside; group += kGroup) {
     const size_t group_end = std::min(group + kGroup, inside);
     size_t from = begin;
@@ -258,11 +275,11 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t read
         __builtin_prefetch(worker.probes[i - group].line);
       }
     }
-    worker.group = {text, worker.ends + group, group_end - group, false};
     for (size_t i = group; i < group_end; begin = worker.ends[i++]) {
       out = encode_probed(worker, worker.probes[i - group], text + begin, worker.ends[i] - begin, out);
     }
   }
+  if (worker.hole_count) out += fill_holes(worker, out);
   for (size_t i = inside; i < spans; begin = worker.ends[i++]) {
     out += encode_word(worker, text, readable, begin, worker.ends[i], out);
   }

@@ -107,10 +107,9 @@ class Encoder {
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
   uint32_t* encode_probed(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
                           uint32_t* out) const;
-  size_t find_or_merge_group(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
-                             uint32_t* out) const;
-  void merge_missing(Worker& worker, const uint8_t* text, size_t begin, const uint32_t* ends,
-                     const WordCache::Probe* probes, size_t count) const;
+  size_t find_or_queue(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const;
+  size_t fill_holes(Worker& worker, uint32_t* out) const;
+  static void forget_jobs(Worker& worker);
   uint32_t* encode_words(Worker& worker, const uint8_t* text, size_t readable, size_t begin, size_t spans,
                          uint32_t* out) const;
   size_t find_or_merge(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const;
