@@ -3,8 +3,8 @@
     from fastgpt.functional import scaled_dot_product_attention   # in the place of torch.nn.functional's
     from fastgpt.functional import flash_attn_func                # in the place of flash_attn's
 
-What the op does not do (masks, ALiBi; dropout on the probabilities in torch's function; windows on the CPU, where it has no kernel for
-them) goes to torch's scaled_dot_product_attention, and says so once a process through the logger "fastgpt".
+What the op does not do (masks, ALiBi; windows on the CPU, where it has no kernel for them) goes to torch's
+scaled_dot_product_attention, and says so once a process through the logger "fastgpt".
 
 Signatures: pytorch.org, torch.nn.functional; github.com/Dao-AILab/flash-attention, flash_attn_interface.py.
 """
@@ -34,8 +34,8 @@ def _uncovered(
     """What of a call of scaled_dot_product_attention the op does not do, or None."""
     if attn_mask is not None:
         return "a mask"
-    if dropout_p:
-        return "dropout on the probabilities"
+    if not 0.0 <= dropout_p <= 1.0:
+        return "a dropout_p that torch judges"
     shapes = (query.shape, key.shape, value.shape)
     if (
         min(map(len, shapes)) < 3
@@ -72,7 +72,9 @@ def scaled_dot_product_attention(
     Args:
         query: (..., H, Tq, D).
         key, value: (..., H_kv, Tk, D); H_kv = H, or with enable_gqa a divisor of it.
-        attn_mask, dropout_p: go to torch.
+        attn_mask: goes to torch.
+        dropout_p: the probability of a weight to be dropped, whenever it is not 0, as in torch; the masks are those of `ops.attention`,
+            drawn from torch's default generator.
         is_causal: query i sees keys j <= i, aligned to the top left as in torch (`ops.attention` aligns to the bottom right).
         scale: 1 / sqrt(D) where None.
 
@@ -93,9 +95,9 @@ def scaled_dot_product_attention(
     if is_causal:  # keys behind the last query are seen by none; without them both alignments are one
         key, value = key[..., : query.shape[-2], :], value[..., : query.shape[-2], :]
     if query.dim() == 4:
-        return ops.attention(query, key, value, is_causal=is_causal, scale=scale)
+        return ops.attention(query, key, value, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    return ops.attention(q, k, v, is_causal=is_causal, scale=scale).reshape(query.shape)
+    return ops.attention(q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p).reshape(query.shape)
 
 
 def _visible(

@@ -56,8 +56,33 @@ def test_a_mask_goes_to_torch_and_is_logged_once(caplog: pytest.LogCaptureFixtur
     assert [record.getMessage() for record in caplog.records] == [
         "attention with a mask is computed by torch: the fastgpt op does not support it"
     ]
-    dropped = functional.scaled_dot_product_attention(q, q, q, dropout_p=0.9)
-    assert (dropped == 0).any()
+
+
+@pytest.mark.parametrize("queries", [7, 5])
+def test_dropout_is_the_op_s_and_follows_torch_s_seed(queries: int) -> None:
+    """Under a causal mask torch's alignment is kept, whose first query sees the first key only."""
+    q, k = random(2, 4, queries, 8), random(2, 2, 7, 8, seed=1)
+    options = {"is_causal": True, "enable_gqa": True}
+
+    def run(seed: int, p: float) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return functional.scaled_dot_product_attention(q, k, k, dropout_p=p, **options)
+
+    assert torch.equal(run(1, 0.5), run(1, 0.5))
+    assert not torch.equal(run(1, 0.5), run(2, 0.5))
+    first = run(1, 0.5)[:, :, 0]
+    seen = k[:, :, 0].repeat_interleave(2, 1)
+    kept = first.abs().sum(-1) > 0
+    torch.testing.assert_close(first[kept], 2 * seen[kept])
+    exact = F.scaled_dot_product_attention(q, k, k, **options)
+    many = torch.stack([run(seed, 0.2) for seed in range(1000)])
+    assert ((many.mean(0) - exact).abs() < 6 * many.std(0) / 1000**0.5 + 1e-5).all()
+    for p in (-0.1, 1.1):
+        with pytest.raises(RuntimeError) as theirs:
+            F.scaled_dot_product_attention(q, k, k, dropout_p=p, **options)
+        with pytest.raises(RuntimeError) as ours:
+            functional.scaled_dot_product_attention(q, k, k, dropout_p=p, **options)
+        assert str(ours.value) == str(theirs.value)
 
 
 def test_wrong_shapes_raise_torchs_errors() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastgpt
 from fastgpt import nn
 from fastgpt.nn import encoder, fallback, linear
 from fastgpt.ops.backend import engine_of
@@ -137,6 +138,29 @@ def test_encoder_layer(
         exact = call(copy.deepcopy(models[1]).double(), torch.float64)[1]
         mine, torchs = (float((call(module, dtype)[1].double() - exact).norm() / exact.norm()) for module in models)
     assert mine <= 2 * torchs + torch.finfo(torch.float32).eps
+
+
+def test_attention_with_dropout_is_ours(attends: list[bool]) -> None:
+    ours, _ = both("MultiheadAttention", 32, 4, dropout=0.5, batch_first=True)
+    (x,) = inputs(torch.float32, (1, 9, 32))
+
+    def run(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        found: torch.Tensor = ours(x, x, x, need_weights=False)[0]
+        return found.detach()
+
+    assert torch.equal(run(1), run(1))
+    many = torch.stack([run(seed) for seed in range(500)])
+    assert len(attends) == 502
+    ours.eval()
+    assert torch.equal(run(1), run(2))
+    assert (many.std(0) > 0).all()
+    assert ((many.mean(0) - run(0)).abs() < 6 * many.std(0) / 500**0.5).all()
+    model = torch.nn.TransformerEncoderLayer(32, 4, 48, dropout=0.5)
+    kept = fastgpt.accelerate(copy.deepcopy(model), keep_dropout=True)
+    assert not {"TransformerEncoderLayer", "MultiheadAttention", "Dropout"} & set(kept.replaced)
+    assert "torch's" in kept.left["MultiheadAttention"]
+    assert {"TransformerEncoderLayer", "Dropout"} <= set(fastgpt.accelerate(model).replaced)
 
 
 def test_encoder_layer_with_dropout_padding_copies_and_stacks() -> None:

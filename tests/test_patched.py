@@ -89,6 +89,7 @@ def test_what_ours_lack_and_errors_are_torch_s() -> None:
     weights, inner = torch.rand(8), torch.tensor([1.0, -1.0])
     calls: list[Any] = [
         lambda: F.scaled_dot_product_attention(x, x, x, attn_mask=mask),
+        lambda: torch.manual_seed(1) and F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),  # torch's masks
         lambda: F.cross_entropy(x[0, 0], TARGET, weight=weights),
         lambda: F.cross_entropy(x[0, 0], x[0, 1].softmax(-1)),
         lambda: F.silu(inner.clone(), inplace=True),

@@ -121,8 +121,7 @@ class CausalSelfAttentionPart(torch.nn.Module):
             return super().forward(x)  # torch's masks are kept
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
-        masked = functools.partial(ops.attention, dropout_p=p)
-        y = (masked if p else scaled_dot_product_attention)(q, k, v, is_causal=True)  # (B, H, T, D)
+        y = scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

@@ -80,6 +80,23 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return ops.linear(input, weight, bias)
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p:
+        raise _NotOurs
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+
+
 _OURS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
@@ -91,7 +108,7 @@ _OURS: dict[str, Callable[..., Tensor]] = {
     "log_softmax": _along(ops.log_softmax),
     "cross_entropy": _cross_entropy,
     "linear": _linear,
-    "scaled_dot_product_attention": functional.scaled_dot_product_attention,
+    "scaled_dot_product_attention": _attention,
 }
 _lock = threading.Lock()
 _depth = 0

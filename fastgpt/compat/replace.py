@@ -48,6 +48,7 @@ _TORCHS: dict[type[Any], str] = {
     parts.GPTPart: "its optimizer fused, the rest as before",
     parts.EmbeddingPart: "its gradient; the look-up is torch's",
 }
+_DROPPING = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
 _PRODUCTS = ("Linear", "Conv1D")
 _HF_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 _HF_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
@@ -110,6 +111,10 @@ def _same(module: torch.nn.Module, faster: type[torch.nn.Module], *x: torch.Tens
 def _probe(weight: torch.Tensor, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+
+
+def _dropout_of(module: Any) -> bool:
+    return any(part.dropout for part in module.modules() if isinstance(part, torch.nn.MultiheadAttention))
 
 
 def _weight(module: Any) -> torch.Tensor:
@@ -275,7 +280,8 @@ def accelerate(model: torch.nn.Module, *, fused_loss: bool = False, keep_dropout
         kind = type(module)
         if _BEFORE in module.__dict__ or kind in _TORCH.values():
             continue
-        if keep_dropout and kind is torch.nn.Dropout:
+        drops = kind is torch.nn.Dropout or (kind in _DROPPING and _dropout_of(module))
+        if keep_dropout and drops:
             report.left[kind.__name__] = (
                 "its masks are to be torch's; blocks and attention with dropout are as before in training"
             )

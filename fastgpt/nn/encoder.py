@@ -1,8 +1,8 @@
 """Drop-in forms of torch.nn.MultiheadAttention and torch.nn.TransformerEncoderLayer (arXiv:1706.03762).
 
 Both derive from torch's classes: arguments, initial weights of a seed, state_dict keys and results are torch's. Attention without
-probabilities asked for (need_weights=False) and without a mask, or with a causal one and is_causal=True, is `ops.attention`; under
-dropout in training it is torch's, and everything else goes to torch's own forward. So does small input on the
+probabilities asked for (need_weights=False) and without a mask, or with a causal one and is_causal=True, is `ops.attention`, whose
+masks of dropout are not torch's; everything else goes to torch's own forward. So does small input on the
 CPU (SMALLEST in fallback.py): there the way through Python costs more than our ops save.
 """
 
@@ -102,7 +102,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer(d_model, nhead, dim_feedforward=2048, dropout=0.1, activation=F.relu, ...) on our attention,
-    norms and gelu; dropout is torch's.
+    norms and gelu; dropout of other than attention's weights is torch's.
 
     Args of forward:
         src: (T, B, C), with batch_first (B, T, C), or (T, C).
