@@ -27,7 +27,7 @@ KERNELS = [
     ("fastgpt::cuda::adamw_kernel<__half>", "sm_100a"),
     ("fastgpt::attention::attention_bwd_kv_sm80_kernel<__nv_bfloat16, 64>", "sm_100a"),
     ("fastgpt::attention::attention_decode_merge_kernel<__half>", "sm_80"),
-    ("fastgpt::attention::attention_fwd_sm90_kernel<__half, 128>", "sm_90a"),
+    ("fastgpt::attention::attention_fwd_sm90_kernel<__half, 128, false>", "sm_90a"),
 ]
 
 
@@ -201,7 +201,7 @@ def test_launchers_compile_load_and_launch(launchers, tmp_path):
     assert eval(lines[5]) == [  # each kernel once
         "fastgpt::cuda::dropout_kernel<__nv_bfloat16, __nv_bfloat16, true>",
         "fastgpt::cuda::dropout_kernel<float, float, false>",  # not aligned
-        "fastgpt::attention::attention_fwd_sm90_kernel<__nv_bfloat16, 64>",
+        "fastgpt::attention::attention_fwd_sm90_kernel<__nv_bfloat16, 64, false>",
     ]
     steps = [line.split() for line in log.read_text().splitlines()]
     assert [step[0] for step in steps] == [

@@ -30,6 +30,11 @@ struct Params {
   const int *first_queries = nullptr, *first_keys = nullptr;
   int sequences = 0;
   int* plan = nullptr;
+  // Dropout of the weights where `seed` is not null: those whose word is below the threshold go, the others are
+  // multiplied (attention_dropout.cuh).
+  const int64_t* seed = nullptr;
+  uint32_t threshold = 0;
+  float keep_factor = 1.0f;
 
   // Of the backward alone. `delta` is scratch, (B, H, Tq): the row sums of dO O.
   const void* grad;

@@ -9,12 +9,14 @@
 // come as zeros from the copies.
 //
 // head_dim 64 and 128, bf16 and fp16, causal, full and sliding windows, grouped heads, any number of queries and keys,
-// packed sequences (what a step reads past the end of one is the next one's, and has weight 0). Switched off by
+// packed sequences (what a step reads past the end of one is the next one's, and has weight 0), dropout of
+// the weights. Switched off by
 // default: it has not run on a GPU yet; see docs/notes/hopper.md.
 #pragma once
 
 #include <cuda.h>
 
+#include "cuda/attention_dropout.cuh"
 #include "cuda/attention_schedule.cuh"
 #include "cuda/attention_tiles.cuh"
 #include "cuda/hopper.cuh"
@@ -130,7 +132,7 @@ __device__ __forceinline__ void attention_fwd_sm90_produce(const CUtensorMap& q_
   }
 }
 
-template <class T, int kDim>
+template <class T, int kDim, bool kDropout>
 __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, const Schedule& schedule,
                                                            Sm90ForwardMemory<kDim> memory, int consumer) {
   using Shape = Sm90Forward<kDim>;
@@ -165,6 +167,16 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
       mask_outside(scores, first_key, upper, lower, -INFINITY);
     };
 
+    uint32_t kept[BLOCK_N / 64];
+    const auto make_bits = [&](int step) {
+      if constexpr (kDropout) {
+        kept_bits<false>(kept, dropout_of(p, s), first_weight(p, s, tile.head), row, step * BLOCK_N);
+      }
+    };
+    const auto drop_weights = [&] {
+      if constexpr (kDropout) drop(scores, kept, 1.0f);
+    };
+
     if (!steps.empty()) {
       ptx::mbarrier_wait(memory.query_full(), query_parity);
       query_parity ^= 1;
@@ -175,11 +187,13 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
                                                     memory.key(place.stage));
       ptx::wgmma_commit();
       ptx::named_barrier_arrive(other_turn, 256);
+      make_bits(steps.end - 1);
       ptx::wgmma_wait<0>();  // the first scores
       ptx::keep(scores);
       release(memory.key_empty(place.stage));
       mask(steps.end - 1);
       softmax_step(scores, largest, sum, shrink, scale);
+      drop_weights();
       hopper::pack_left<T>(weights, scores);
       hopper::Place<Shape::kStages> behind = place;  // V follows K by a step
       place.next();
@@ -198,11 +212,13 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
         hopper::accumulate<T, kDim, BLOCK_N>(out, weights, memory.value(behind.stage));
         ptx::wgmma_commit();
         ptx::named_barrier_arrive(other_turn, 256);
+        make_bits(step);
         ptx::wgmma_wait<1>();  // the scores
         ptx::keep(scores);
         release(memory.key_empty(place.stage));
         mask(step);
         softmax_step(scores, largest, sum, shrink, scale);
+        drop_weights();
         ptx::wgmma_wait<0>();  // the sums
         ptx::keep(out);
         release(memory.value_empty(behind.stage));
@@ -227,7 +243,7 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sum[half] = row_sum(sum[half]);
-      inverse[half] = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
+      inverse[half] = sum[half] == 0.0f ? 0.0f : (kDropout ? p.keep_factor : 1.0f) / sum[half];
       if (lane % 4 == 0 && row + 8 * half < s.queries) {
         const float lse = sum[half] == 0.0f ? -INFINITY : largest[half] * p.scale + logf(sum[half]);
         p.lse[(static_cast<int64_t>(s.batch) * p.heads + tile.head) * p.queries + s.first_query + row + 8 * half] = lse;
@@ -240,7 +256,7 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
   if (consumer == 0) ptx::named_barrier_sync(my_turn, 256);  // the turn that the other gave last
 }
 
-template <class T, int kDim>
+template <class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(Sm90Forward<kDim>::kThreads, 1)
     attention_fwd_sm90_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                               const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Params p,
@@ -266,7 +282,7 @@ __global__ void __launch_bounds__(Sm90Forward<kDim>::kThreads, 1)
     if (threadIdx.x == 0) attention_fwd_sm90_produce<kDim>(q_map, k_map, v_map, p, schedule, memory);
   } else {
     ptx::registers_increase<Shape::kConsumerRegisters>();
-    attention_fwd_sm90_consume<T, kDim>(p, schedule, memory, warpgroup - 1);
+    attention_fwd_sm90_consume<T, kDim, kDropout>(p, schedule, memory, warpgroup - 1);
   }
 }
 

@@ -2,11 +2,11 @@
 //
 //   P = exp(scale S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q
 //
-// (arXiv 2205.14135, appendix B.4), delta the row sums of dO O. Two kernels of one shape: 128 rows stay, 64 columns a
-// step stream past them. For dK and dV the rows are keys and the columns queries (of all query heads that share the key
-// head), so that P^T and dS^T feed their sums from registers; for dQ the rows are queries and the columns keys. Seven
-// products where one kernel that adds to dQ in fp32 makes five, but no pass over an fp32 dQ: the variant for short
-// sequences.
+// (arXiv 2205.14135, appendix B.4), delta the row sums of dO O; with dropout P^T in dV and dP are those of the kept
+// weights, times the factor. Two kernels of one shape: 128 rows stay, 64 columns a step stream past them. For dK and dV
+// the rows are keys and the columns queries (of all query heads that share the key head), so that P^T and dS^T feed
+// their sums from registers; for dQ the rows are queries and the columns keys. Seven products where one kernel that
+// adds to dQ in fp32 makes five, but no pass over an fp32 dQ: the variant for short sequences.
 //
 // Switched off by default: it has not run on a GPU yet; see docs/notes/hopper.md.
 #pragma once
@@ -37,7 +37,7 @@ struct BackwardStep {
 
 // kKeys: rows are keys, for dK and dV; else queries, for dQ. `row0` and `row1` map what stays (K, V or Q, dO),
 // `column0` and `column1` what streams (Q, dO or K, V).
-template <class T, int kDim, bool kKeys>
+template <class T, int kDim, bool kKeys, bool kDropout>
 __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ CUtensorMap row0, const __grid_constant__ CUtensorMap row1,
                               const __grid_constant__ CUtensorMap column0, const __grid_constant__ CUtensorMap column1,
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
 
   if (steps > 0) ptx::mbarrier_wait(rows_full, 0);
   for (int step = 0; step < steps; ++step, place.next()) {
-    const int first = place_of(step).first;
+    const BackwardStep at = place_of(step);
+    const int first = at.first;
     const uint32_t tile0 = column_tile(place.stage, 0), tile1 = column_tile(place.stage, 1);
     const float* lse = vectors + 2 * kColumns * place.stage;
     const float* delta = lse + kColumns;
@@ -154,6 +155,10 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     ptx::wgmma_commit();
     hopper::multiply_transposed<T, kDim, kColumns>(ds, base + Shape::kRowsBytes, kRows, consumer_row, tile1);
     ptx::wgmma_commit();
+    uint32_t kept[kColumns / 64];
+    if constexpr (kDropout) {
+      kept_bits<kKeys>(kept, dropout_of(p, s), first_weight(p, s, kKeys ? at.head : head), row, first);
+    }
     ptx::wgmma_wait<1>();  // the scores
     ptx::keep(scores);
 #pragma unroll
@@ -167,6 +172,7 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     }
     ptx::wgmma_wait<0>();  // dP
     ptx::keep(ds);
+    if constexpr (kDropout) drop(ds, kept, p.keep_factor);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
       const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
@@ -175,6 +181,7 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     hopper::pack_left<T>(ds_left, ds);
     ptx::keep(sum0), ptx::keep(ds_left);
     if (kKeys) {
+      if constexpr (kDropout) drop(scores, kept, 1.0f);
       hopper::pack_left<T>(weights, scores);
       ptx::keep(sum1), ptx::keep(weights);
     }
@@ -195,7 +202,7 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
   };
   if constexpr (kKeys) {
     store(p.grad_key, p.grad_key_stride, sum0, p.scale);
-    store(p.grad_value, p.grad_value_stride, sum1, 1.0f);
+    store(p.grad_value, p.grad_value_stride, sum1, kDropout ? p.keep_factor : 1.0f);
   } else {
     store(p.grad_query, p.grad_query_stride, sum0, p.scale);
   }

@@ -31,7 +31,7 @@ Schedule schedule_sm90(const Params& p, int* plan, cudaStream_t stream, int& cou
   return {0, heads, p.sequences, 0, kKeys, plan};
 }
 
-template <class T, int kDim>
+template <class T, int kDim, bool kDropout>
 void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t stream) {
   using Shape = Sm90Forward<kDim>;
   constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
@@ -40,11 +40,23 @@ void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_
   };
   int count = 0;
   const Schedule schedule = schedule_sm90<Shape::BLOCK_M, Shape::BLOCK_N, false>(p, p.plan, stream, count);
-  launch_large(attention_fwd_sm90_kernel<T, kDim>, dim3(count < multiprocessors ? count : multiprocessors),
+  launch_large(attention_fwd_sm90_kernel<T, kDim, kDropout>, dim3(count < multiprocessors ? count : multiprocessors),
                dim3(Shape::kThreads), Shape::kSharedBytes, stream,
                map("query", p.query, p.query_stride, p.queries, p.heads, Shape::BLOCK_M),
                map("key", p.key, p.key_stride, p.keys, p.kv_heads, Shape::BLOCK_N),
                map("value", p.value, p.value_stride, p.keys, p.kv_heads, Shape::BLOCK_N), p, schedule);
+}
+
+// Calls f with the head size and whether there is dropout, both as types.
+template <class F>
+void choose_sm90(const Params& p, const F& f) {
+  const auto with_dim = [&](auto dim) {
+    if (p.seed != nullptr) return f(dim, std::true_type{});
+    f(dim, std::false_type{});
+  };
+  if (p.dim == 64) return with_dim(std::integral_constant<int, 64>{});
+  if (p.dim == 128) return with_dim(std::integral_constant<int, 128>{});
+  throw std::invalid_argument("head_dim: expected 64 or 128, got " + std::to_string(p.dim));
 }
 
 inline void check_sm90(const Params& p) {
@@ -69,17 +81,12 @@ void attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t strea
   check_rows("key", p.key, p.key_stride);
   check_rows("value", p.value, p.value_stride);
   check_rows("out", p.out, p.out_stride);
-  switch (p.dim) {
-    case 64:
-      return launch_attention_fwd_sm90<T, 64>(p, multiprocessors, stream);
-    case 128:
-      return launch_attention_fwd_sm90<T, 128>(p, multiprocessors, stream);
-    default:
-      throw std::invalid_argument("head_dim: expected 64 or 128, got " + std::to_string(p.dim));
-  }
+  choose_sm90(p, [&](auto dim, auto dropout) {
+    launch_attention_fwd_sm90<T, dim.value, dropout.value>(p, multiprocessors, stream);
+  });
 }
 
-template <class T, int kDim>
+template <class T, int kDim, bool kDropout>
 void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
   using Shape = Sm90Backward<kDim>;
   constexpr int kRows = Shape::BLOCK_ROWS, kColumns = Shape::BLOCK_COLUMNS;
@@ -95,11 +102,11 @@ void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
   int count = 0;
   int* plan_of_keys = p.plan == nullptr ? nullptr : p.plan + plan_numbers(p.queries, p.sequences, kRows);
   const Schedule keys = schedule_sm90<kRows, kColumns, true>(p, plan_of_keys, stream, count);
-  launch_large(attention_bwd_sm90_kernel<T, kDim, true>, dim3(count), dim3(Shape::kThreads), Shape::kSharedBytes,
-               stream, key(kRows), value(kRows), query(kColumns), grad(kColumns), p, keys);
+  launch_large(attention_bwd_sm90_kernel<T, kDim, true, kDropout>, dim3(count), dim3(Shape::kThreads),
+               Shape::kSharedBytes, stream, key(kRows), value(kRows), query(kColumns), grad(kColumns), p, keys);
   const Schedule queries = schedule_sm90<kRows, kColumns, false>(p, p.plan, stream, count);
-  launch_large(attention_bwd_sm90_kernel<T, kDim, false>, dim3(count), dim3(Shape::kThreads), Shape::kSharedBytes,
-               stream, query(kRows), grad(kRows), key(kColumns), value(kColumns), p, queries);
+  launch_large(attention_bwd_sm90_kernel<T, kDim, false, kDropout>, dim3(count), dim3(Shape::kThreads),
+               Shape::kSharedBytes, stream, query(kRows), grad(kRows), key(kColumns), value(kColumns), p, queries);
 }
 
 // Raises std::invalid_argument for what the kernels do not cover, before anything is launched.
@@ -107,14 +114,7 @@ template <class T>
 void attention_bwd_sm90(const Params& p, cudaStream_t stream) {
   check_sm90(p);
   check_backward(p);
-  switch (p.dim) {
-    case 64:
-      return launch_attention_bwd_sm90<T, 64>(p, stream);
-    case 128:
-      return launch_attention_bwd_sm90<T, 128>(p, stream);
-    default:
-      throw std::invalid_argument("head_dim: expected 64 or 128, got " + std::to_string(p.dim));
-  }
+  choose_sm90(p, [&](auto dim, auto dropout) { launch_attention_bwd_sm90<T, dim.value, dropout.value>(p, stream); });
 }
 
 }  // namespace fastgpt::attention

@@ -29,6 +29,7 @@ class Case:
     magnitude: float = 1.0
     window: tuple[int, int] = (-1, -1)
     lengths: tuple[tuple[int, int], ...] = ()  # of packed sequences: queries and keys of each, queries and keys in all
+    dropout: float = 0.0
 
     def tensor(self, heads: int, length: int, seed: int) -> Tensor:
         return random(self.batch, length, heads, self.dim, dtype=self.dtype, seed=seed, scale=self.magnitude)
@@ -42,6 +43,11 @@ class Case:
         return sums[:, 0].contiguous(), sums[:, 1].contiguous()
 
     @property
+    def seed(self) -> Tensor | None:
+        """Of the dropout, beyond 32 bits."""
+        return torch.tensor(-(1 << 40) - 77) if self.dropout else None
+
+    @property
     def scale(self) -> float:
         return 1 / math.sqrt(self.dim)
 
@@ -49,6 +55,12 @@ class Case:
 def _torch(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
     """torch's own result for (B, H, T, D), 0 for queries that see nothing."""
     mask = reference.visible(case.queries, case.keys, case.causal, *case.window, *case.offsets, q.device)
+    if case.dropout:
+        keys, values = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
+        p = torch.softmax((q @ keys.mT * case.scale).masked_fill(~mask, -math.inf), -1)
+        kept = reference.dropout_mask(p.shape, case.seed, case.dropout) / (1 - case.dropout)
+        out = (p * kept.to(p.dtype)) @ values
+        return torch.where(mask.any(-1)[:, None], out, 0.0)
     out = scaled_dot_product_attention(q, k, v, attn_mask=None if mask.all() else mask, enable_gqa=True)
     return torch.where(mask.any(-1)[:, None], out, 0.0)
 
@@ -82,7 +94,7 @@ def check(
 
     call("attention_fwd", q, k, v, out, lse, *sizes, *more)
     wide_q, wide_k, wide_v = (x.double().transpose(1, 2) for x in (q, k, v))
-    options = (c.causal, c.scale, 0.0, None, *c.window, 0.0, *c.offsets)
+    options = (c.causal, c.scale, c.dropout, c.seed, *c.window, 0.0, *c.offsets)
     exact, exact_lse = reference.attention(wide_q, wide_k, wide_v, *options)
     narrow = q1, k1, v1 = [x.transpose(1, 2).clone().requires_grad_() for x in (q, k, v)]
     theirs = _torch(q1, k1, v1, c)

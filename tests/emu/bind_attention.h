@@ -29,11 +29,12 @@ inline Params backward_params(const emu::Arguments& a) {
 }
 
 // What attention_sm90 alone takes, from argument `next` on: window_left, window_right, first_queries and first_keys
-// (int32; or null), sequences, plan.
+// (int32; or null), sequences, plan, seed (or null), threshold, keep_factor.
 inline Params with_options(const emu::Arguments& a, Params p, int next) {
   p.window_left = a.integer(next++), p.window_right = a.integer(next++);
   p.first_queries = a.pointer<int>(next++), p.first_keys = a.pointer<int>(next++);
   p.sequences = a.integer(next++), p.plan = a.pointer<int>(next++);
+  p.seed = a.pointer<int64_t>(next++), p.threshold = a.integer(next++), p.keep_factor = a.number(next++);
   return p;
 }
 

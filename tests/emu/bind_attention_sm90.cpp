@@ -9,7 +9,9 @@ static Params backward(const emu::Arguments& a) { return with_options(a, backwar
 EMU_BIND(attention_fwd_fp16) { attention_fwd_sm90<__half>(forward(a), a.integer(13), nullptr); }
 EMU_BIND(attention_fwd_bf16) { attention_fwd_sm90<__nv_bfloat16>(forward(a), a.integer(13), nullptr); }
 #else
-EMU_BIND(attention_fwd_bf16) { launch_attention_fwd_sm90<__nv_bfloat16, 64>(forward(a), a.integer(13), nullptr); }
+EMU_BIND(attention_fwd_bf16) {
+  launch_attention_fwd_sm90<__nv_bfloat16, 64, false>(forward(a), a.integer(13), nullptr);
+}
 #endif
 
 // plan (int32); first_queries, first_keys, sequences, queries, keys, causal, and whether its rows are keys.
@@ -53,7 +55,7 @@ EMU_BIND(schedule) {
 EMU_BIND(attention_bwd_fp16) { attention_bwd_sm90<__half>(backward(a), nullptr); }
 EMU_BIND(attention_bwd_bf16) { attention_bwd_sm90<__nv_bfloat16>(backward(a), nullptr); }
 #else
-EMU_BIND(attention_bwd_bf16) { launch_attention_bwd_sm90<__nv_bfloat16, 64>(backward(a), nullptr); }
+EMU_BIND(attention_bwd_bf16) { launch_attention_bwd_sm90<__nv_bfloat16, 64, false>(backward(a), nullptr); }
 #endif
 
 #if !defined(EMU_TSAN) && !defined(EMU_ASAN)

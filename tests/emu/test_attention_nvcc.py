@@ -57,10 +57,10 @@ def disassembler() -> Path:
 @pytest.mark.parametrize("dtype", ["__nv_bfloat16", "__half"])
 def test_attention_sm90_runs_on_the_tensor_cores_of_hopper(tmp_path: Path, dtype: str) -> None:
     cubin, report = compiled(tmp_path, "sm90", "90a", dtype)
-    check_report(report, kernels=3)  # and the plan of packed sequences
+    check_report(report, kernels=5)  # and the plan of packed sequences
     done = subprocess.run([disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True)
     functions = [f for f in re.split(r"Function : ", done.stdout)[1:] if "fwd_sm90" in f.splitlines()[0]]
-    assert len(functions) == 2
+    assert len(functions) == 4
     for function in functions:
         name = function.splitlines()[0]
         dim = 128 if "Li128" in name else 64
@@ -74,13 +74,13 @@ def test_attention_sm90_runs_on_the_tensor_cores_of_hopper(tmp_path: Path, dtype
 @pytest.mark.parametrize("dtype", ["__nv_bfloat16", "__half"])
 def test_attention_sm90_backward_runs_on_the_tensor_cores_of_hopper(tmp_path: Path, dtype: str) -> None:
     cubin, report = compiled(tmp_path, "sm90 backward", "90a", dtype)
-    check_report(report, kernels=7)
+    check_report(report, kernels=11)
     done = subprocess.run([disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True)
     functions = [f for f in re.split(r"Function : ", done.stdout)[1:] if "bwd_sm90" in f.splitlines()[0]]
-    assert len(functions) == 4
+    assert len(functions) == 8
     for function in functions:
         name = function.splitlines()[0]
-        dim, sums = 128 if "Li128" in name else 64, 2 if "Lb1" in name else 1
+        dim, sums = 128 if "Li128" in name else 64, 2 if re.search(r"Li\d+ELb1E", name) else 1
         # S and dP, D / 16 each; the sums over 64 columns, 4 each.
         assert len(re.findall(r"\bHGMMA\.", function)) == 2 * dim // 16 + 4 * sums, name
         assert re.search(r"\bUTMALDG\.4D", function)

@@ -11,11 +11,12 @@ from emu.attention_cases import Case
 from emu.build import Bug, compiler
 from emu.emulator import MODES, EmulationError, Emulator
 from fastgpt.ops import reference
+from fastgpt.ops.dropout import threshold
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
 
 KERNEL, HOPPER, BACKWARD = "attention_sm90.cuh", "hopper.cuh", "attention_sm90_backward.cuh"
-MASK, SCHEDULE = "attention_mask.cuh", "attention_schedule.cuh"
+MASK, SCHEDULE, DROPOUTS = "attention_mask.cuh", "attention_schedule.cuh", "attention_dropout.cuh"
 K_FREE = "ptx::mbarrier_wait(memory.key_empty(place.stage), place.parity ^ 1);"
 SCORES = (
     "ptx::wgmma_wait<1>();  // the scores\n        ptx::keep(scores);\n        release(memory.key_empty(place.stage));"
@@ -113,6 +114,25 @@ BUGS = [
         "p.lse[from + column] * kLog2E",
         expression=True,
     ),
+    Bug(
+        "dropout: the mask of another head",
+        DROPOUTS,
+        "static_cast<int64_t>(s.batch) * p.heads + head",
+        "static_cast<int64_t>(s.batch) * p.heads",
+        expression=True,
+    ),
+    Bug(
+        "dropout: two lanes' words exchanged",
+        DROPOUTS,
+        "(lane & ~12) | c << 2",
+        "(lane & ~12) | (c ^ 1) << 2",
+        expression=True,
+    ),
+    Bug("dropout: the lower row's bits", DROPOUTS, "lane | 1", "lane", expression=True),
+    Bug("dropout: four to a counter everywhere", DROPOUTS, "!d.aligned", "false", expression=True),
+    Bug("dropout: the factor left out", KERNEL, "(kDropout ? p.keep_factor : 1.0f)", "1.0f", expression=True),
+    Bug("dropout: dP without the factor", BACKWARD, "drop(ds, kept, p.keep_factor);", "drop(ds, kept, 1.0f);"),
+    Bug("dropout: dV of what is dropped", BACKWARD, "drop(scores, kept, 1.0f);", ";"),
     Bug("registers that are not there", KERNEL, "ptx::registers_decrease<Shape::kProducerRegisters>();", ";"),
 ]
 PLAN_BUGS = [
@@ -151,9 +171,16 @@ PACKED = [
     Case(260, 390, lengths=((60, 260), (200, 130)), dtype=torch.float16),
     Case(400, 400, causal=True, window=(50, -1), lengths=((129, 129), (271, 271))),
 ]
+DROPOUT = [
+    Case(130, 200, causal=True, batch=2, heads=4, kv_heads=2, dropout=0.2),
+    Case(97, 113, causal=True, heads=2, dropout=0.5),  # rows of weights begin anywhere
+    Case(150, 260, 128, heads=2, kv_heads=1, dropout=0.1, dtype=torch.float16),
+    Case(140, 200, causal=True, window=(60, -1), lengths=((70, 101), (70, 99)), dropout=0.3),
+]
 BROKEN = {  # by the first word of a bug's name
     "": [Case(260, 390, 128, causal=True, heads=2, kv_heads=1), Case(140, 800, heads=2, kv_heads=1)],
     "window": [Case(300, 500, window=(64, 63), heads=2)],
+    "dropout": [Case(100, 140, heads=2, kv_heads=1, batch=2, dropout=0.5), Case(70, 77, dropout=0.5)],
     "packed": [Case(200, 330, causal=True, lengths=((70, 130), (130, 200)), heads=2, kv_heads=1)],
 }
 
@@ -174,10 +201,15 @@ def scratch(case: Case) -> Tensor | None:
     return torch.full((numbers,), -7, dtype=torch.int32) if case.lengths else None
 
 
+def dropping(case: Case) -> tuple[Tensor | None, int, float]:
+    """The seed, the threshold and the factor of what is kept."""
+    return case.seed, threshold(case.dropout), 1 / (1 - case.dropout)
+
+
 def check(
     emulator: Emulator, case: Case, multiprocessors: int = 2, **how: "str | int | tuple[str, str]"
 ) -> list[Tensor]:
-    more = (multiprocessors, *case.window, *case.offsets, len(case.lengths), scratch(case))
+    more = (multiprocessors, *case.window, *case.offsets, len(case.lengths), scratch(case), *dropping(case))
     return attention_cases.check(emulator, case, more=more, **how)  # type: ignore[arg-type]
 
 
@@ -287,8 +319,49 @@ def check_offsets(emulator: Emulator, mode: tuple[str, str] = MODES[0], bug: str
     offsets = torch.tensor([-50, 3000, 0, 3000, 0, 3000], dtype=torch.int32)
     plan = torch.zeros(tiles(520, 5), dtype=torch.int32)
     sizes = (1, 1, 1, 520, 520, 64, 1, 0.125)
-    emulator("attention_fwd_bf16", q, q, q, out, lse, *sizes, 2, -1, -1, offsets, offsets, 5, plan, mode=mode, bug=bug)
+    emulator(
+        "attention_fwd_bf16",
+        q,
+        q,
+        q,
+        out,
+        lse,
+        *sizes,
+        2,
+        -1,
+        -1,
+        offsets,
+        offsets,
+        5,
+        plan,
+        None,
+        0,
+        1.0,
+        mode=mode,
+        bug=bug,
+    )
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("case", DROPOUT, ids=str)
+def test_dropout(emulator: Emulator, case: Case) -> None:
+    check(emulator, case, mode=("random", "lazy"))
+
+
+@pytest.mark.parametrize("case", [Case(97, 132, heads=2, batch=2, dropout=0.4), Case(60, 190, heads=2, dropout=0.1)])
+def test_the_mask_is_that_of_the_other_engines(emulator: Emulator, case: Case) -> None:
+    q, k = case.tensor(case.heads, case.queries, 1), case.tensor(case.heads, case.keys, 2)
+    lse = torch.full((case.batch, case.heads, case.queries), float("nan"))
+    sizes = (case.batch, case.heads, case.heads, case.queries, case.keys, 64, 0, 0.1)
+    weights = []
+    for first in range(0, case.keys, 64):  # values that are a part of the identity give back the weights
+        v = torch.eye(case.keys).bfloat16()[:, first : first + 64]
+        v = torch.nn.functional.pad(v, (0, 64 - v.shape[1]))[None, :, None].repeat(case.batch, 1, case.heads, 1)
+        out = torch.full_like(q, float("nan"))
+        emulator("attention_fwd_bf16", q, k, v, out, lse, *sizes, 2, -1, -1, None, None, 0, None, *dropping(case))
+        weights.append(out.transpose(1, 2))
+    kept = torch.cat(weights, -1)[..., : case.keys] != 0
+    assert torch.equal(kept, reference.dropout_mask(kept.shape, case.seed, case.dropout).bool())
 
 
 def test_a_window_reads_its_own_keys_alone(emulator: Emulator) -> None:
@@ -296,7 +369,32 @@ def test_a_window_reads_its_own_keys_alone(emulator: Emulator) -> None:
     far = torch.full((1, 1280, 1, 64), float("nan"), dtype=torch.bfloat16)
     k, v = (torch.cat([far, x], dim=1) for x in (k, v))
     out, lse = torch.full_like(q, float("nan")), torch.full((1, 1, 128), float("nan"))
-    emulator("attention_fwd_bf16", q, k, v, out, lse, 1, 1, 1, 128, 1408, 64, 1, 0.125, 1, 0, -1, None, None, 0, None)
+    emulator(
+        "attention_fwd_bf16",
+        q,
+        k,
+        v,
+        out,
+        lse,
+        1,
+        1,
+        1,
+        128,
+        1408,
+        64,
+        1,
+        0.125,
+        1,
+        0,
+        -1,
+        None,
+        None,
+        0,
+        None,
+        None,
+        0,
+        1.0,
+    )
     assert torch.isfinite(out).all()
 
 
