@@ -4,8 +4,7 @@ struct Classes {
   uint64_t letters, upper, digits, space, white, newline, apostrophe, slash, high;
 };
 
-inline Classes classify(const uint8_t* p) {
-  const __m512i v = _mm512_loadu_si512(p);
+inline Classes classes_of(__m512i v) {
   auto in_range = [&](__m512i bytes, char first, char count) {
     return _mm512_cmplt_epu8_mask(_mm512_sub_epi8(bytes, _mm512_set1_epi8(first)), _mm512_set1_epi8(count));
   };
@@ -21,4 +20,11 @@ inline Classes classify(const uint8_t* p) {
   c.slash = equal('/');
   c.high = _mm512_movepi8_mask(v);
   return c;
+}
+
+inline Classes classify(const uint8_t* p) { return classes_of(_mm512_loadu_si512(p)); }
+
+// Of fewer bytes; nothing behind them is read.
+inline Classes classify_part(const uint8_t* p, size_t bytes) {
+  return classes_of(_mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t{0}, static_cast<unsigned>(bytes)), p));
 }

@@ -1,4 +1,5 @@
 // The scanners for AVX2.
+#include <algorithm>
 #include <cstring>
 
 #include "bpe/scan_token.h"
@@ -51,6 +52,13 @@ inline Classes classify(const uint8_t* p) {
   c.slash = equal(a, b, '/');
   c.high = bits(a, b);
   return c;
+}
+
+// Of fewer bytes; nothing behind them is read.
+inline Classes classify_part(const uint8_t* p, size_t bytes) {
+  alignas(64) uint8_t last[64] = {};
+  std::memcpy(last, p, bytes);
+  return classify(last);
 }
 
 #include "bpe/scan_simd.inl"

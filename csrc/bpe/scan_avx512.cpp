@@ -1,5 +1,5 @@
 // The scanners for AVX-512 (F, BW).
-#include <cstring>
+#include <algorithm>
 
 #include "bpe/scan_token.h"
 #include "bpe/scanner_isa.h"

@@ -1,5 +1,5 @@
 // The scanners for AVX-512 with VBMI2 (Ice Lake, Zen 4), which writes the places of a mask's bits all at once.
-#include <cstring>
+#include <algorithm>
 
 #include "bpe/scan_token.h"
 #include "bpe/scanner_isa.h"

@@ -1,11 +1,12 @@
 // The vector scanners: included inside an anonymous namespace by the file of each instruction set, after that file has
-// defined `Classes classify(const uint8_t* p)`, which looks at 64 bytes, and may
-// have defined `write_places`, with the macro FASTGPT_WRITE_PLACES.
+// defined `Classes classify(const uint8_t* p)`, which looks at 64 bytes, and `classify_part`, which looks at fewer, and
+// may have defined `write_places`, with the macro FASTGPT_WRITE_PLACES.
 //
 // A window of up to 64 bytes begins at a known boundary, so nothing before it matters. Its bytes become bit masks, one
 // a class, and the starts of all pre-tokens in it follow from shifts, ands and carries. Starts that bytes behind the
 // window could change are dropped, the last start left begins the next window. A window ends before the first byte that
-// is not ASCII; where that leaves no start to go on with, one pre-token is found by the scalar code.
+// is not ASCII; where that leaves no start to go on with, one pre-token is found by the scalar code. The text's last
+// window is its last one where no white space ends it: what the text's end means for a pattern is about white space.
 
 constexpr size_t kWindow = 64;
 
@@ -147,16 +148,8 @@ size_t scan(const uint8_t* text, size_t size, size_t pos, uint32_t* ends, size_t
   while (pos < size && n + kWindow <= capacity) {
     const uint8_t* const p = text + pos;
     if (*p < 0x80) {
-      size_t bytes = size - pos;
-      Classes classes;
-      if (bytes >= kWindow) {
-        bytes = kWindow;
-        classes = classify(p);
-      } else {
-        alignas(64) uint8_t last[kWindow] = {};
-        std::memcpy(last, p, bytes);
-        classes = classify(last);
-      }
+      const size_t bytes = std::min(size - pos, kWindow);
+      const Classes classes = bytes == kWindow ? classify(p) : classify_part(p, bytes);
       uint64_t inside = low_bits(bytes);
       if (classes.high) inside &= low_bits(static_cast<size_t>(__builtin_ctzll(classes.high)));
       if (const uint64_t unclear = unclear_at<Starts>(Window(classes, inside))) {
@@ -164,6 +157,11 @@ size_t scan(const uint8_t* text, size_t size, size_t pos, uint32_t* ends, size_t
       }
       const Window window(classes, inside);
       uint64_t starts = Starts::find(window, p, end) & inside & ~uint64_t{1};
+      if (__builtin_expect(size - pos <= kWindow, 0) && inside == low_bits(bytes) && !(window.c.white >> (bytes - 1))) {
+        n += write_places(starts, static_cast<uint32_t>(pos), ends + n);
+        ends[n++] = static_cast<uint32_t>(size);
+        return n;
+      }
       // The next window must not wait for all of this one's starts: where a space stands between letters, which is a
       // start in every pattern, it begins there.
       const uint64_t between = window.c.space & (window.c.letters << 1) & (window.c.letters >> 1);
