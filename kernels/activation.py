@@ -9,12 +9,14 @@ Formulas in fastgpt/ops/reference; here some are written in an equal form that k
 A kernel is specialised on KIND, a string. All read and write each value once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.launch import warps
+from fastgpt.kernels import tuning
 
 __all__ = ["KEEPS_RESULT", "activation", "activation_backward"]
 
@@ -24,7 +26,7 @@ KEEPS_RESULT = (
     "sigmoid",
     "tanh",
 )  # their gradient is computed from the result, that of the others from the input
-BLOCK = 2048
+CHOICES = tuning.candidates(BLOCK=(1024, 2048, 4096, 8192), num_warps=(4, 8))
 
 SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(0.7978845608028654)
 CUBIC: tl.constexpr = tl.constexpr(0.044715)
@@ -107,12 +109,28 @@ def activation_bwd_kernel(grad_ptr, saved_ptr, dx_ptr, n_elements, KIND: tl.cons
     tl.store(dx_ptr + offsets, activate_backward(grad, v, KIND), mask=offsets < n_elements)
 
 
+def _launch(kernel: Any, *tensors: Tensor, kind: str) -> None:
+    """Start a kernel over tensors of one size."""
+    x, n = tensors[0], tensors[0].numel()
+    block = tuning.sizes(x).elements
+    tile = {"BLOCK": block, "num_warps": tuning.warps(x, block)}
+    tuning.launch(
+        kernel,
+        lambda tile: (triton.cdiv(n, tile["BLOCK"]),),
+        (*tensors, n),
+        tile,
+        CHOICES,
+        ("n_elements", "KIND"),
+        KIND=kind,
+    )
+
+
 def activation(kind: str, x: Tensor) -> Tensor:
     """The forward of one of KINDS; x of any shape and strides. Returns x's shape and dtype, contiguous."""
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        activation_fwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), kind, BLOCK, num_warps=warps(BLOCK))
+        _launch(activation_fwd_kernel, x, y, kind=kind)
     return y
 
 
@@ -121,7 +139,5 @@ def activation_backward(kind: str, grad: Tensor, saved: Tensor) -> Tensor:
     grad, saved = grad.contiguous(), saved.contiguous()
     dx = torch.empty_like(grad)
     if grad.numel():
-        activation_bwd_kernel[(triton.cdiv(grad.numel(), BLOCK),)](
-            grad, saved, dx, grad.numel(), kind, BLOCK, num_warps=warps(BLOCK)
-        )
+        _launch(activation_bwd_kernel, grad, saved, dx, kind=kind)
     return dx

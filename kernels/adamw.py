@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.ops.graphs import hold
+
 __all__ = ["adamw", "grad_norm"]
 
 BLOCK = 2048  # elements a program
@@ -131,6 +133,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     device = grads[0].device
     rows = (_addresses(grads, grads),)
     table, programs = _tables(rows, _sizes(grads), device)
+    hold(table, programs)
     sums = torch.zeros(max(len(programs), 1), dtype=torch.float64, device=device)
     if len(programs):
         square_sum_kernel[(len(programs),)](table, programs, sums, len(grads), _aligned(rows), BLOCK, num_warps=8)
@@ -163,8 +166,10 @@ def adamw(
     table, programs = _tables(rows, _sizes(params), device)
     if len(programs) == 0:
         return
+    decays = _decays(tuple(weight_decays), device)
+    hold(table, programs, decays)
     kind = _SHADOWS[shadows[0].dtype] if shadows else tl.bfloat16
     adamw_kernel[(len(programs),)](
-        table, programs, _decays(tuple(weight_decays), device), len(params), lr / (1 - beta1**step), lr, beta1, beta2,
+        table, programs, decays, len(params), lr / (1 - beta1**step), lr, beta1, beta2,
         math.sqrt(1 - beta2**step), eps, grad_scale, bool(shadows), kind, zero_grads, _aligned(rows), BLOCK, num_warps=8,
     )  # fmt: skip

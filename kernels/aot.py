@@ -12,12 +12,14 @@ nothing about speed or results; the tests compare results in Triton's interprete
 import argparse
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -56,9 +58,10 @@ SHARED_LIMIT_BYTES = {
     100: 227 << 10,
     120: 99 << 10,
 }  # of a block
-HALF, FULL = torch.bfloat16, torch.float32
+HALF, HALF16, FULL = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (HALF, HALF16, FULL)
 Calls = Iterator[tuple[str, Callable[[], Any]]]  # (what is called, the call)
-NAMES = {HALF: "bf16", FULL: "fp32"}
+NAMES = {HALF: "bf16", HALF16: "fp16", FULL: "fp32"}
 
 
 def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -67,7 +70,7 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 
 
 def softmax_calls() -> Calls:
-    for dtype, cols in itertools.product((HALF, FULL), (65, 1024, 4096, 16384, 50304)):
+    for dtype, cols in itertools.product(DTYPES, (65, 1024, 4096, 16384, 50304)):
         x, mask = meta(8, 12, 64, cols, dtype=dtype), meta(8, 1, 1, cols, dtype=FULL)
         for name, bias, is_causal in (("", None, False), (" causal", None, True), (" mask causal", mask, True)):
             yield f"{NAMES[dtype]} {cols}{name}", partial(softmax.softmax, x, bias, 0.125, is_causal)
@@ -75,7 +78,7 @@ def softmax_calls() -> Calls:
 
 
 def activation_calls() -> Calls:
-    for dtype, kind in itertools.product((HALF, FULL), activation.KINDS):
+    for dtype, kind in itertools.product(DTYPES, activation.KINDS):
         x = meta(64, 1024, 3072, dtype=dtype)
         yield f"{NAMES[dtype]} {kind}", partial(activation.activation, kind, x)
         yield f"{NAMES[dtype]} {kind} backward", partial(activation.activation_backward, kind, x, x)
@@ -84,7 +87,9 @@ def activation_calls() -> Calls:
 def attention_calls() -> Calls:
     """Grouped heads, every padded head size and one that is not a power of two; float32 exact and, at 64 and 128, in TF32."""
     sizes = [(dtype, "highest", dim) for dtype in (HALF, FULL) for dim in (16, 32, 64, 80, 128, 256)]
-    sizes += [(FULL, "high", dim) for dim in (64, 128)]
+    sizes += [
+        (dtype, precision, dim) for dtype, precision in ((HALF16, "highest"), (FULL, "high")) for dim in (64, 128)
+    ]
     for (dtype, precision, dim), is_causal in itertools.product(sizes, (True, False)):
         what = f"{NAMES[dtype]}{' tf32' * (precision == 'high')} {dim}{' causal' * is_causal}"
         torch.set_float32_matmul_precision(precision)
@@ -98,7 +103,7 @@ def attention_calls() -> Calls:
 def attention_option_calls() -> Calls:
     """Windows, soft cap, dropout (with keys in fours and not), packed sequences; a decode step on a cache with all of its arguments."""
     seed, cu = meta(dtype=torch.int64), meta(9, dtype=torch.int32)
-    for dtype, dim in itertools.product((HALF, FULL), (16, 32, 64, 80, 128, 256)):
+    for dtype, dim in (*itertools.product((HALF, FULL), (16, 32, 64, 80, 128, 256)), (HALF16, 64)):
         for name, is_causal, options in (
             ("window", True, {"window_left": 256}),
             ("window full", False, {"window_left": 256, "window_right": 64}),
@@ -126,7 +131,7 @@ def attention_both(
 
 
 def cross_entropy_calls() -> Calls:
-    for dtype, classes, smoothing in itertools.product((HALF, FULL), (65, 50304), (0.0, 0.1)):
+    for dtype, classes, smoothing in itertools.product(DTYPES, (65, 50304), (0.0, 0.1)):
         x, target, lse = (
             meta(8192, classes, dtype=dtype),
             meta(8192, dtype=torch.int64),
@@ -145,7 +150,7 @@ def cross_entropy_calls() -> Calls:
 
 def layer_norm_calls() -> Calls:
     for (dtype, params), cols in itertools.product(
-        ((HALF, HALF), (HALF, FULL), (FULL, FULL)), (96, 768, 4096, 8192, 12288)
+        ((HALF, HALF), (HALF, FULL), (HALF16, HALF16), (FULL, FULL)), (96, 768, 4096, 8192, 12288)
     ):
         x, p, s = meta(8, 1024, cols, dtype=dtype), meta(cols, dtype=params), meta(8, 1024, dtype=FULL)
         what = f"{NAMES[dtype]} {NAMES[params]} {cols}"
@@ -163,7 +168,7 @@ def layer_norm_calls() -> Calls:
 
 
 def swiglu_calls() -> Calls:
-    for dtype, kind in itertools.product((HALF, FULL), swiglu.KINDS):
+    for dtype, kind in itertools.product(DTYPES, swiglu.KINDS):
         x, both = meta(8, 1024, 2048, dtype=dtype), meta(8, 1024, 4096, dtype=dtype)
         what = f"{NAMES[dtype]} {kind}"
         for name, pair in (("", (x, x)), (" packed", (both, None))):
@@ -173,7 +178,7 @@ def swiglu_calls() -> Calls:
 
 def adamw_calls() -> Calls:
     p, g, m, v = ([meta(768, 768, dtype=FULL), meta(768, dtype=FULL)] for _ in range(4))
-    for shadow, zeroes in itertools.product((None, HALF, torch.float16), (False, True)):
+    for shadow, zeroes in itertools.product((None, HALF, HALF16), (False, True)):
         shadows = [] if shadow is None else [meta(768, 768, dtype=shadow), meta(768, dtype=shadow)]
         yield (
             f"shadow {shadow}{' zeroing' * zeroes}",
@@ -184,7 +189,15 @@ def adamw_calls() -> Calls:
 
 def dropout_calls() -> Calls:
     seed = meta(dtype=torch.int64)
-    for dtype, wide in ((HALF, None), (FULL, None), (HALF, HALF), (HALF, FULL), (FULL, FULL)):
+    for dtype, wide in (
+        (HALF, None),
+        (HALF16, None),
+        (FULL, None),
+        (HALF, HALF),
+        (HALF, FULL),
+        (HALF16, FULL),
+        (FULL, FULL),
+    ):
         x, residual = meta(8, 1024, 768, dtype=dtype), None if wide is None else meta(8, 1024, 768, dtype=wide)
         yield (
             f"{NAMES[dtype]}{'' if wide is None else ' to ' + NAMES[wide]}",
@@ -193,7 +206,7 @@ def dropout_calls() -> Calls:
 
 
 def log_softmax_calls() -> Calls:
-    for dtype, cols in itertools.product((HALF, FULL), (65, 1024, 16384, 50304)):
+    for dtype, cols in itertools.product(DTYPES, (65, 1024, 16384, 50304)):
         x = meta(8192, cols, dtype=dtype)
         yield f"{NAMES[dtype]} {cols}", partial(log_softmax.log_softmax, x)
         yield f"{NAMES[dtype]} {cols} backward", partial(log_softmax.log_softmax_backward, x, x)
@@ -201,7 +214,7 @@ def log_softmax_calls() -> Calls:
 
 def rope_calls() -> Calls:
     for dtype, (dim, pairs), interleaved, inverse in itertools.product(
-        (HALF, FULL), ((64, 32), (128, 64), (80, 16)), (False, True), (False, True)
+        DTYPES, ((64, 32), (128, 64), (80, 16)), (False, True), (False, True)
     ):
         x, table = meta(8, 1024, 12, dim, dtype=dtype).transpose(1, 2), meta(1024, pairs, dtype=FULL)
         what = f"{NAMES[dtype]} {dim}{' interleaved' * interleaved}{' inverse' * inverse}"
@@ -209,7 +222,7 @@ def rope_calls() -> Calls:
 
 
 def bias_activation_calls() -> Calls:
-    for dtype, kind in itertools.product((HALF, FULL), activation.KINDS):
+    for dtype, kind in itertools.product(DTYPES, activation.KINDS):
         x, bias = meta(8, 1024, 3072, dtype=dtype), meta(3072, dtype=FULL)
         yield f"{NAMES[dtype]} {kind}", partial(bias_activation.bias_activation, x, bias, kind)
         yield (
@@ -219,7 +232,7 @@ def bias_activation_calls() -> Calls:
 
 
 def embedding_calls() -> Calls:
-    for dtype, wide in itertools.product((HALF, FULL), (torch.int32, torch.int64)):
+    for dtype, wide in itertools.product(DTYPES, (torch.int32, torch.int64)):
         ids, weight, grad = meta(8, 1024, dtype=wide), meta(50304, 768, dtype=dtype), meta(8, 1024, 768, dtype=dtype)
         what = f"{NAMES[dtype]} {wide}"
         yield what, partial(embedding.embedding, ids, weight)
@@ -302,38 +315,48 @@ def report(kernel: Any) -> Report:
     return Report(registers, stack + local, kernel.metadata.shared, kernel.metadata.num_warps)
 
 
+def compile_op(arch: int, op: str) -> tuple[list[str], int]:
+    """Compile an op's kernels: a line for each, and how many spill or do not fit."""
+    driver.set_active(CompileOnlyDriver(arch))
+    launch.assumed_architecture = arch
+    seen: set[str] = set()
+    lines, failures = [], 0
+    for what, call in CALLS[op]():
+        for name, kernel in compile_call(call):
+            if kernel.hash in seen:
+                continue
+            seen.add(kernel.hash)
+            used = report(kernel)
+            spills, too_large = used.spilled_bytes > 0, used.shared_bytes > SHARED_LIMIT_BYTES[arch]
+            failures += spills or too_large
+            lines.append(
+                f"sm_{arch:<4} {name:28} {what:36} {used.warps:2} warps {used.registers:4} registers"
+                f" {used.spilled_bytes:5} B spilled {used.shared_bytes:7} B shared"
+                f"{'   SPILLS' * spills}{'   TOO LARGE' * too_large}"
+            )
+    return lines, failures
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print one line a kernel, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastgpt.kernels.aot", description=__doc__.split("\n", 1)[0])
     parser.add_argument("ops", nargs="*", metavar="op", help=f"ops to compile: {', '.join(CALLS)} (default: all)")
     parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT_BYTES, help="default: 80, 90 and 100")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(arguments)
     if unknown := [op for op in options.ops if op not in CALLS]:
         parser.error(f"op is {unknown[0]!r}, expected one of {', '.join(CALLS)}")
     if launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set; the compiler needs a process without it")
 
+    jobs = [(arch, op) for arch in options.arch or ARCHITECTURES for op in options.ops or CALLS]
     failures = total = 0
-    for arch in options.arch or ARCHITECTURES:
-        driver.set_active(CompileOnlyDriver(arch))
-        launch.assumed_architecture = arch
-        seen: set[str] = set()
-        for op in options.ops or CALLS:
-            for what, call in CALLS[op]():
-                for name, kernel in compile_call(call):
-                    if kernel.hash in seen:
-                        continue
-                    seen.add(kernel.hash)
-                    total += 1
-                    used = report(kernel)
-                    spills, too_large = used.spilled_bytes > 0, used.shared_bytes > SHARED_LIMIT_BYTES[arch]
-                    failures += spills or too_large
-                    print(
-                        f"sm_{arch:<4} {name:28} {what:36} {used.warps:2} warps {used.registers:4} registers"
-                        f" {used.spilled_bytes:5} B spilled {used.shared_bytes:7} B shared"
-                        f"{'   SPILLS' * spills}{'   TOO LARGE' * too_large}",
-                        flush=True,
-                    )
+    # Processes, since an architecture is a matter of the whole process; new ones, since torch's threads do not survive a fork.
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        run = pool.map if options.jobs > 1 else map
+        for lines, failed in run(compile_op, *zip(*jobs, strict=True)):
+            print("\n".join(lines), flush=True)
+            total, failures = total + len(lines), failures + failed
     print(f"{total} kernels compiled, {failures} spill or do not fit")
     return 1 if failures else 0
 

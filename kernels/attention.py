@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import attention_decode
+from fastgpt.kernels import attention_decode, tuning
 from fastgpt.kernels.attention_tiles import (
     LN_2,
     MAX_DIM,
@@ -28,6 +28,7 @@ from fastgpt.kernels.attention_tiles import (
     heads_inside,
     kept,
     key_range,
+    launch_attention,
     load_rows,
     rows_together,
     sees,
@@ -36,13 +37,13 @@ from fastgpt.kernels.attention_tiles import (
     store_rows,
     tile_for,
 )
-from fastgpt.kernels.launch import dot_precision, operand
 
 __all__ = ["MAX_DIM", "attention"]
 
 # (BLOCK_M, BLOCK_N, warps) by the padded head size; half types, then float32, whose exact products run on the ordinary cores
 TILES = {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)}
 TILES_FP32 = {16: (64, 32, 4), 32: (64, 32, 4), 64: (64, 32, 8), 128: (32, 16, 8), 256: (16, 32, 4)}
+CHOICES = tuning.candidates(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
 
 
 @triton.jit
@@ -75,12 +76,13 @@ def _attend(
 @triton.jit(do_not_specialize=["left", "right", "threshold"])
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh,
-    stride_vt, stride_ob, stride_oh, stride_ot, heads, group, blocks, all_queries, all_keys, dim, left, right, scale, cap, seed_ptr,
+    stride_vt, stride_ob, stride_oh, stride_ot, heads, group, longest, all_queries, all_keys, dim, left, right, scale, cap, seed_ptr,
     threshold, factor, cu_q_ptr, cu_k_ptr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, PACKED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head a program; under a causal mask those that see most keys first."""
+    blocks = tl.cdiv(longest, BLOCK_M)
     sequence_head = (tl.program_id(0) // blocks).to(tl.int64)
     block = blocks - 1 - tl.program_id(0) % blocks
     head = sequence_head % heads
@@ -154,12 +156,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tu
         warps = min(warps, 4)
     flags = options.flags(k.shape[2])
     block_m, block_n, warps = tile_for((block_m, block_n, warps), flags[3], 64)
-    if (flags[3] or flags[4]) and width == 256 and q.dtype == torch.float32:
-        block_n, warps = 16, 8 if flags[4] else warps  # 32 keys spill, and packed sequences more
-    blocks = max(triton.cdiv(longest, block_m), 1)
-    attention_fwd_kernel[(blocks * sequences * heads,)](
-        q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], heads, heads // k.shape[1], blocks,
-        queries, k.shape[2], dim, *options.values(), *flags, dim == width, block_m, block_n, width, operand(q), dot_precision(q),
-        num_warps=warps, num_stages=stages(q), **(NO_LIMIT if flags[3] or q.dtype == torch.float32 else {}),
+    if any(flags[2:]) and width == 256 and q.dtype == torch.float32:
+        block_n, warps = 16, 8  # with a soft cap, dropout or packed sequences 32 keys spill
+    longest = max(longest, 1)
+    args = (
+        q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], heads, heads // k.shape[1], longest,
+        queries, k.shape[2], dim, *options.values(),
+    )  # fmt: skip
+    launch_attention(
+        attention_fwd_kernel, args, flags, lambda tile: (triton.cdiv(longest, tile["BLOCK_M"]) * sequences * heads,), q,
+        (block_m, block_n, warps), CHOICES, num_stages=stages(q), **(NO_LIMIT if flags[3] or q.dtype == torch.float32 else {}),
     )  # fmt: skip
     return out, lse

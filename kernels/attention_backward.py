@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels import tuning
 from fastgpt.kernels.attention_tiles import (
     LOG2_E,
     NO_LIMIT,
@@ -24,6 +25,7 @@ from fastgpt.kernels.attention_tiles import (
     heads_inside,
     kept,
     key_range,
+    launch_attention,
     load_rows,
     rows_together,
     sees,
@@ -31,7 +33,7 @@ from fastgpt.kernels.attention_tiles import (
     store_rows,
     tile_for,
 )
-from fastgpt.kernels.launch import architecture, dot_precision, operand
+from fastgpt.kernels.launch import architecture
 
 __all__ = ["attention_backward"]
 
@@ -46,6 +48,7 @@ TILES_Q = {16: (128, 64, 4), 32: (64, 64, 4), 64: (128, 64, 8), 128: (64, 64, 8)
 TILES_Q_SM100 = TILES_Q | {128: (64, 32, 8)}
 TILES_KV_FP32 = {16: (32, 64, 4), 32: (32, 64, 4), 64: (32, 32, 4), 128: (16, 16, 8), 256: (16, 16, 8)}
 TILES_Q_FP32 = {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 8)}
+CHOICES = tuning.candidates(BLOCK_M=(32, 64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
 @triton.jit
@@ -107,13 +110,14 @@ def _add_to_keys(
 def attention_bwd_kv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh,
     stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt, heads, group,
-    blocks, all_queries, all_keys, dim, raw_scale, left, right, scale, cap, seed_ptr, threshold, factor, cu_q_ptr, cu_k_ptr,
+    longest, all_queries, all_keys, dim, raw_scale, left, right, scale, cap, seed_ptr, threshold, factor, cu_q_ptr, cu_k_ptr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key head a program; both gradients have the strides stride_d*."""
     kv_heads = heads // group
+    blocks = tl.cdiv(longest, BLOCK_N)
     sequence_head = (tl.program_id(0) // blocks).to(tl.int64)
     kv_head = sequence_head % kv_heads
     first = tl.program_id(0) % blocks * BLOCK_N  # under a causal mask the first keys are seen most: they start first
@@ -186,13 +190,14 @@ def _add_to_queries(
 @triton.jit(do_not_specialize=["left", "right", "threshold"])
 def attention_bwd_q_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt, heads, group, blocks,
+    stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt, heads, group, longest,
     all_queries, all_keys, dim, raw_scale, left, right, scale, cap, seed_ptr, threshold, factor, cu_q_ptr, cu_k_ptr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries of one head a program; under a causal mask those that see most keys first."""
+    blocks = tl.cdiv(longest, BLOCK_M)
     sequence_head = (tl.program_id(0) // blocks).to(tl.int64)
     head = sequence_head % heads
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -263,25 +268,25 @@ def attention_backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3])
     flags = options.flags(keys)
     limit = NO_LIMIT if exact or flags[2] or flags[3] else {}
-    rest = (options.scale, *options.values(), *flags, dim == width)
-    types = (operand(q), dot_precision(q))
+    longest, longest_keys = max(longest, 1), max(longest_keys, 1)
+    sizes = (queries, keys, dim, options.scale, *options.values())
     plain = TILES_KV if architecture(q) >= 90 else TILES_KV_SM80
     halves = TILES_KV_MORE if flags[0] or flags[2] or flags[4] else plain
     block_m, block_n, warps = tile_for((TILES_KV_FP32 if exact else halves)[width], flags[3], 32)
     if exact and flags[4] and width == 256:
         warps = 16  # 8 spill
-    blocks = max(triton.cdiv(longest_keys, block_n), 1)
-    attention_bwd_kv_kernel[(blocks * sequences * kv_heads,)](
-        q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
-        block_m, block_n, width, *types, num_warps=warps, num_stages=1 if exact and flags[4] and width == 128 else 2, **limit,
+    args = (q, k, v, g, lse, delta, dk, dv, *strides, *dk.stride()[:3], heads, heads // kv_heads, longest_keys, *sizes)
+    launch_attention(
+        attention_bwd_kv_kernel, args, flags, lambda tile: (triton.cdiv(longest_keys, tile["BLOCK_N"]) * sequences * kv_heads,), q,
+        (block_m, block_n, warps), CHOICES, num_stages=1 if exact and flags[4] and width == 128 else 2, **limit,
     )  # fmt: skip
     tiles = TILES_Q_FP32 if exact else TILES_Q if architecture(q) < 100 else TILES_Q_SM100
     block_m, block_n, warps = tile_for(tiles[width], flags[3], 32)
     if exact and flags[4] and width == 128:
         block_m, warps = 16, 8  # where sequences are packed 32 rows spill
-    blocks = max(triton.cdiv(longest, block_m), 1)
-    attention_bwd_q_kernel[(blocks * sequences * heads,)](
-        q, k, v, g, lse, delta, dq, *strides, *dq.stride()[:3], heads, heads // kv_heads, blocks, queries, keys, dim, *rest,
-        block_m, block_n, width, *types, num_warps=warps, num_stages=2, **limit,
+    args = (q, k, v, g, lse, delta, dq, *strides, *dq.stride()[:3], heads, heads // kv_heads, longest, *sizes)
+    launch_attention(
+        attention_bwd_q_kernel, args, flags, lambda tile: (triton.cdiv(longest, tile["BLOCK_M"]) * sequences * heads,), q,
+        (block_m, block_n, warps), CHOICES, num_stages=2, **limit,
     )  # fmt: skip
     return dq, dk, dv

@@ -9,6 +9,7 @@ threshold, e its place among all weights (B, H, Tq, Tk), as in fastgpt/ops/dropo
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels import tuning
 from fastgpt.kernels.activation import _tanh
-from fastgpt.kernels.launch import architecture
+from fastgpt.kernels.launch import architecture, dot_precision, operand
 
 __all__ = [
     "ALIGNED",
     "ANY",
+    "KEY",
     "LN_2",
     "LOG2_E",
     "MAX_DIM",
@@ -30,6 +33,7 @@ __all__ = [
     "Options",
     "block_d",
     "heads_inside",
+    "launch_attention",
     "rows_together",
     "stages",
     "tile_for",
@@ -41,6 +45,10 @@ MAX_DIM = 256
 NO_LIMIT: dict[str, int] = {} if torch.version.hip else {"maxnreg": 255}
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+# the arguments by which a measured tile is kept (tuning.py)
+KEY = ("heads", "group", "all_queries", "all_keys", "dim", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "PACKED", "PRECISION")
+FLAGS = ("HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "DROPOUT", "PACKED")
 
 # values of DROPOUT: whether four neighbouring keys share one call of Philox
 NONE: tl.constexpr = tl.constexpr(0)
@@ -186,6 +194,22 @@ class Options:
         mode = NONE if not self.drops else ALIGNED if keys % 4 == 0 and not packed else ANY
         has_right = self.is_causal or self.window_right >= 0
         return self.window_left >= 0, has_right, self.softcap > 0.0, mode.value, packed
+
+
+def launch_attention(
+    kernel: Any, args: tuple[Any, ...], flags: tuple[Any, ...], grid: Callable[[Mapping[str, int]], tuple[int, ...]], q: Tensor,
+    tile: tuple[int, int, int], choices: Sequence[Mapping[str, int]], **limits: int,
+) -> None:  # fmt: skip
+    """Start one of the tiled kernels on q's head size and types; `flags` are those of `Options`, `limits` num_stages and maxnreg."""
+    width = block_d(q.shape[-1])
+    constants = dict(zip(FLAGS, flags, strict=True)) | {
+        "EVEN_D": q.shape[-1] == width,
+        "BLOCK_D": width,
+        "OPERAND": operand(q),
+        "PRECISION": dot_precision(q),
+    }
+    named = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_warps": tile[2]} | limits
+    tuning.launch(kernel, grid, args, named, () if flags[3] else choices, KEY, **constants)
 
 
 def rows_together(x: Tensor) -> Tensor:

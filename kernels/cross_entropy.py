@@ -17,9 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels import tuning
+
 __all__ = ["cross_entropy", "cross_entropy_backward"]
 
-BLOCK = 4096  # classes a step
+CHOICES = tuning.candidates(BLOCK_N=(2048, 4096, 8192, 16384), num_warps=(4, 8, 16))
+KEY = ("classes", "HAS_Z")  # what a measured tile is kept by
 
 
 @triton.jit
@@ -89,10 +92,10 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.shape[1] == 1 or logits.stride(1) == 1 else logits.contiguous()
 
 
-def _block(classes: int) -> tuple[int, int]:
-    """BLOCK_N and warps: a short row is one block of few warps."""
-    block = min(triton.next_power_of_2(classes), BLOCK)
-    return block, max(1, min(8, block // 256))
+def _tile(logits: Tensor) -> dict[str, int]:
+    """A short row is one block of few warps."""
+    block = min(triton.next_power_of_2(logits.shape[1]), tuning.sizes(logits).step)
+    return {"BLOCK_N": block, "num_warps": max(1, min(8, block // 256))}
 
 
 def cross_entropy(
@@ -113,11 +116,10 @@ def cross_entropy(
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(loss, dtype=torch.float64)
     if rows:
-        block, warps = _block(classes)
-        cross_entropy_fwd_kernel[(rows,)](
-            logits, target, loss, lse, classes, logits.stride(0), ignore_index, label_smoothing, z_loss, label_smoothing > 0,
-            z_loss > 0, block, num_warps=warps,
-        )  # fmt: skip
+        args = (logits, target, loss, lse, classes, logits.stride(0), ignore_index, label_smoothing, z_loss)
+        flags = {"HAS_SMOOTHING": label_smoothing > 0, "HAS_Z": z_loss > 0}
+        key = (*KEY, "HAS_SMOOTHING")
+        tuning.launch(cross_entropy_fwd_kernel, lambda _: (rows,), args, _tile(logits), CHOICES, key, **flags)
     if reduction == "none":
         return loss, lse
     total = loss.sum()
@@ -139,9 +141,22 @@ def cross_entropy_backward(
         return dlogits
     if reduction == "mean":
         grad = grad / (target != ignore_index).sum()
-    block, warps = _block(classes)
-    cross_entropy_bwd_kernel[(rows, triton.cdiv(classes, block))](
-        grad, logits, target, lse.contiguous(), dlogits, classes, logits.stride(0), grad.stride(0) if grad.dim() else 0,
-        ignore_index, label_smoothing, z_loss, z_loss > 0, block, num_warps=warps,
+    stride = grad.stride(0) if grad.dim() else 0
+    args = (
+        grad,
+        logits,
+        target,
+        lse.contiguous(),
+        dlogits,
+        classes,
+        logits.stride(0),
+        stride,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+    )
+    tuning.launch(
+        cross_entropy_bwd_kernel, lambda tile: (rows, triton.cdiv(classes, tile["BLOCK_N"])), args, _tile(logits),
+        CHOICES if out is None else (), KEY, HAS_Z=z_loss > 0,
     )  # fmt: skip
     return dlogits

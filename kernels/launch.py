@@ -1,4 +1,4 @@
-"""What every Triton launcher shares: tile sizes, and what is known about the device.
+"""What every Triton launcher shares: which dtypes there are, and what is known about the device.
 
 Launchers take tensors in the ops' schemas (fastgpt/ops/reference) and trust them: the dtypes are float32, float16 or bfloat16 and all
 tensors lie on one device, which is the current one. `fastgpt.ops.triton` checks that; it is the only caller in the package.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["DTYPES", "INTERPRETED", "architecture", "dot_precision", "multiprocessors", "operand", "tile", "warps"]
+__all__ = ["DTYPES", "INTERPRETED", "architecture", "dot_precision", "multiprocessors", "operand"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,18 +36,6 @@ def multiprocessors(x: Tensor) -> int:
     if x.device.type != "cuda":
         return 10 if INTERPRETED else 132
     return torch.cuda.get_device_properties(x.device).multi_processor_count
-
-
-def tile(rows: int, cols: int, elements: int = 2048) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_N) that holds whole rows: BLOCK_N >= cols, and as many rows as `elements` and the work allow."""
-    block_n = triton.next_power_of_2(max(cols, 1))
-    block_m = min(max(elements // block_n, 1), triton.next_power_of_2(max(rows, 1)))
-    return block_m, block_n
-
-
-def warps(elements: int) -> int:
-    """Warps for a tile of so many elements in a memory-bound kernel: 16 to 32 elements a thread."""
-    return 4 if elements <= 2048 else 8 if elements <= 8192 else 16
 
 
 def operand(x: Tensor) -> tl.dtype:

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.launch import multiprocessors, tile, warps
+from fastgpt.kernels import tuning
+from fastgpt.kernels.launch import multiprocessors
 
 __all__ = ["add_layer_norm", "add_norm_backward", "add_rms_norm", "layer_norm", "layer_norm_backward", "rms_norm"]
 
@@ -28,6 +29,7 @@ ONE_BLOCK_OF_SUM = 4096  # the same in the backward of a sum that has a gradient
 WIDE_BLOCK = 4096  # columns a step beyond that
 PART_ROWS = 32  # partial sums added a step
 PART_COLS = 64  # columns of a program that adds partial sums
+KEY = ("n_rows", "cols", "RMS", "HAS_WEIGHT")  # what a measured tile is kept by
 WIDE_ROWS = 256  # rows of a program that sums the parameters' gradients of wide rows
 
 
@@ -260,14 +262,12 @@ def _forward(
     bias = None if bias is None else bias.contiguous()
     flags = rms, residual is not None, weight is not None, bias is not None
     if cols <= ONE_BLOCK:
-        block_m, block_n = tile(rows, cols)
-        layer_norm_fwd_kernel[(triton.cdiv(rows, block_m),)](
-            x, residual, weight, bias, y, summed, mean, rstd, rows, cols, eps, *flags, block_m, block_n,
-            num_warps=warps(block_m * block_n * (1 if residual is None else 4)),
-        )  # fmt: skip
+        args = (x, residual, weight, bias, y, summed, mean, rstd, rows, cols, eps, *flags)
+        tuning.launch_rows(layer_norm_fwd_kernel, args, rows, cols, KEY, arrays=1 if residual is None else 4)
     else:
+        warps = tuning.warps(x, WIDE_BLOCK)
         layer_norm_wide_fwd_kernel[(rows,)](
-            x, residual, weight, bias, y, summed, mean, rstd, cols, eps, *flags, WIDE_BLOCK, num_warps=warps(WIDE_BLOCK)
+            x, residual, weight, bias, y, summed, mean, rstd, cols, eps, *flags, WIDE_BLOCK, num_warps=warps
         )
     return y, summed, mean, rstd
 
@@ -340,16 +340,16 @@ def add_norm_backward(
     rms = mean is None
     flags = rms, grad_sum is not None, needs_half, weight is not None
     if cols <= (ONE_BLOCK if grad_sum is None else min(ONE_BLOCK, ONE_BLOCK_OF_SUM)):
-        block_m, block_n = tile(rows, cols)
+        block_m, block_n = tuning.tile(x, rows, cols)
         # more programs hide more latency, and write more partial sums; short rows leave registers for four on a multiprocessor
         programs = min((4 if block_n <= 2048 else 2) * multiprocessors(x), triton.cdiv(rows, block_m))
         rows_each = triton.cdiv(triton.cdiv(rows, programs), block_m) * block_m
         programs = triton.cdiv(rows, rows_each)
         parts = x.new_empty((programs, 2, cols) if needs_params else 0, dtype=torch.float32)
-        layer_norm_bwd_kernel[(programs,)](
-            grad, grad_sum, x, weight, mean, rstd, dx, half, parts, rows, cols, rows_each, *flags, needs_params, block_m, block_n,
-            num_warps=warps(2 * block_m * block_n),
-        )  # fmt: skip
+        args = (grad, grad_sum, x, weight, mean, rstd, dx, half, parts, rows, cols, rows_each, *flags, needs_params)
+        tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": tuning.warps(x, 2 * block_m * block_n)}
+        choices = [tile | {"num_warps": warps} for warps in (4, 8, 16)]
+        tuning.launch(layer_norm_bwd_kernel, lambda _: (programs,), args, tile, choices, (*KEY, "HAS_GRAD_SUM"))
     else:
         layer_norm_wide_bwd_kernel[(rows,)](
             grad, grad_sum, x, weight, mean, rstd, dx, half, cols, *flags, WIDE_BLOCK, num_warps=16

@@ -2,25 +2,16 @@
 
 Rows go in chunks. A chunk's logits become its losses and then, in their own memory, their gradient, which at once becomes the chunk's
 part of the gradients of x and W: the gradients are made in the forward and only scaled in the backward (as in Liger Kernel, arXiv
-2410.10989, section 3.2). Chunks are long, since each reads the weights three times: 8,192 rows of 50,304 bf16 logits are 0.8 GB.
+2410.10989, section 3.2).
 """
 
 import torch
 from torch import Tensor
 
 from fastgpt.kernels.cross_entropy import cross_entropy, cross_entropy_backward
+from fastgpt.ops.linear_cross_entropy import device_chunk_rows
 
 __all__ = ["linear_cross_entropy"]
-
-CHUNK_BYTES = 1 << 30  # of logits at a time, between 1,024 and 16,384 rows
-_FEWEST_ROWS, _MOST_ROWS = 1024, 16384
-
-
-def chunk_rows(rows: int, classes: int, itemsize: int) -> int:
-    """Rows a chunk, as even as they can be."""
-    most = min(max(_FEWEST_ROWS, CHUNK_BYTES // (classes * itemsize)), _MOST_ROWS)
-    chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
 
 
 def linear_cross_entropy(
@@ -48,7 +39,7 @@ def linear_cross_entropy(
     grad = torch.ones((), dtype=torch.float32, device=x.device)
     if reduction == "mean":
         grad = grad / counted
-    chunk = chunk_rows(rows, classes, dtype.itemsize)
+    chunk = device_chunk_rows(rows, classes)
     for first in range(0, rows, chunk):
         here = slice(first, first + chunk)
         logits = cast[here] @ narrow.t()

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.launch import tile, warps
+from fastgpt.kernels import tuning
+from fastgpt.ops.softmax import _as_4d
 
 __all__ = ["softmax", "softmax_backward"]
 
@@ -121,15 +122,6 @@ def softmax_wide_bwd_kernel(grad_ptr, y_ptr, dx_ptr, scale, cols, BLOCK_N: tl.co
         tl.store(dx_ptr + base + col, scale * y * (g - total), mask=col < cols)
 
 
-def _as_4d(shape: torch.Size) -> tuple[int, int, int, int]:
-    """A shape as (batch, heads, queries, cols): missing dimensions are 1, those beyond four go into batch."""
-    dims = [1] * (4 - len(shape)) + list(shape)
-    batch = 1
-    for dim in dims[:-3]:
-        batch *= dim
-    return batch, dims[-3], dims[-2], dims[-1]
-
-
 def softmax(x: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
     """The op's forward.
 
@@ -154,12 +146,10 @@ def softmax(x: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Te
         strides = (0,) * (4 - mask.dim()) + mask.stride()
     shared = (heads, queries, cols, *strides, mask is not None, is_causal)
     if cols <= ONE_BLOCK:
-        block_m, block_n = tile(rows, cols)
-        softmax_fwd_kernel[(triton.cdiv(rows, block_m),)](
-            x, mask, y, scale, rows, *shared, block_m, block_n, num_warps=warps(block_m * block_n)
-        )
+        args = (x, mask, y, scale, rows, *shared)
+        tuning.launch_rows(softmax_fwd_kernel, args, rows, cols, key=("n_rows", "cols", "HAS_MASK", "IS_CAUSAL"))
     else:
-        softmax_wide_fwd_kernel[(rows,)](x, mask, y, scale, *shared, WIDE_BLOCK, num_warps=warps(WIDE_BLOCK))
+        softmax_wide_fwd_kernel[(rows,)](x, mask, y, scale, *shared, WIDE_BLOCK, num_warps=tuning.warps(x, WIDE_BLOCK))
     return y
 
 
@@ -172,10 +162,8 @@ def softmax_backward(grad: Tensor, y: Tensor, scale: float) -> Tensor:
     cols = grad.shape[-1]
     rows = grad.numel() // cols
     if cols <= ONE_BLOCK:
-        block_m, block_n = tile(rows, cols)
-        softmax_bwd_kernel[(triton.cdiv(rows, block_m),)](
-            grad, y, dx, scale, rows, cols, block_m, block_n, num_warps=warps(block_m * block_n)
-        )
+        tuning.launch_rows(softmax_bwd_kernel, (grad, y, dx, scale, rows, cols), rows, cols, key=("n_rows", "cols"))
     else:
-        softmax_wide_bwd_kernel[(rows,)](grad, y, dx, scale, cols, WIDE_BLOCK, num_warps=warps(WIDE_BLOCK))
+        warps = tuning.warps(grad, WIDE_BLOCK)
+        softmax_wide_bwd_kernel[(rows,)](grad, y, dx, scale, cols, WIDE_BLOCK, num_warps=warps)
     return dx

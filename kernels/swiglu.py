@@ -6,19 +6,22 @@ that the two halves of one tensor are read, and their gradient is written, where
     dgate = dy * up * f'(gate);   dup = dy * f(gate)
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels import tuning
 from fastgpt.kernels.activation import activate, activate_backward
-from fastgpt.kernels.launch import warps
 from fastgpt.ops.swiglu import _geometry, _halves, _rows
 
 __all__ = ["gated", "gated_backward"]
 
 KINDS = ("silu", "gelu", "gelu_tanh")
-BLOCK = 2048  # elements of a tile
+CHOICES = (1024, 2048, 4096, 8192)  # elements of a tile
 
 
 @triton.jit
@@ -57,11 +60,20 @@ def gated_bwd_kernel(
     tl.store(dup_ptr + row * into_stride + col, grad * activate(gate, KIND), mask=inside)
 
 
-def _tiles(rows: int, cols: int) -> tuple[tuple[int], int, int]:
-    """The grid, and the tile's rows and columns."""
-    block_n = min(triton.next_power_of_2(cols), BLOCK)
-    block_m = min(BLOCK // block_n, triton.next_power_of_2(rows))
-    return (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), block_m, block_n
+def _launch(kernel: Any, args: tuple[Any, ...], rows: int, cols: int, kind: str) -> None:
+    """Start a kernel over tiles of (rows, cols)."""
+
+    def tile(elements: int) -> dict[str, int]:
+        block_n = min(triton.next_power_of_2(cols), elements)
+        block_m = min(elements // block_n, triton.next_power_of_2(rows))
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": tuning.warps(args[0], block_m * block_n)}
+
+    def grid(tile: Mapping[str, int]) -> tuple[int]:
+        return (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(cols, tile["BLOCK_N"]),)
+
+    choices = [tile(elements) | {"num_warps": warps} for elements in CHOICES for warps in (4, 8)]
+    chosen = tile(tuning.sizes(args[0]).elements)
+    tuning.launch(kernel, grid, args, chosen, choices, ("rows", "cols", "KIND"), KIND=kind)
 
 
 def gated(kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
@@ -80,10 +92,7 @@ def gated(kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
         return y
     (gate, gate_stride), (up, up_stride) = _rows(gate), _rows(up)
     rows, cols = _geometry(y, gate_stride, up_stride)
-    grid, block_m, block_n = _tiles(rows, cols)
-    gated_fwd_kernel[grid](
-        gate, up, y, rows, cols, gate_stride, up_stride, kind, block_m, block_n, num_warps=warps(block_m * block_n)
-    )
+    _launch(gated_fwd_kernel, (gate, up, y, rows, cols, gate_stride, up_stride), rows, cols, kind)
     return y
 
 
@@ -98,9 +107,7 @@ def gated_backward(kind: str, grad: Tensor, gate: Tensor, up: Tensor | None) -> 
     grad, into_stride, size = grad.contiguous(), dgate.shape[-1], up.shape[-1]
     (gate, gate_stride), (up, up_stride) = _rows(gate), _rows(up)
     rows, cols = _geometry(grad, gate_stride, up_stride, into_stride)
-    grid, block_m, block_n = _tiles(rows, cols)
-    gated_bwd_kernel[grid](
-        grad, gate, up, dgate, dgate[..., size:] if packed else dup, rows, cols, gate_stride, up_stride, into_stride,
-        kind, block_m, block_n, num_warps=warps(block_m * block_n),
-    )  # fmt: skip
+    second = dgate[..., size:] if packed else dup
+    args = (grad, gate, up, dgate, second, rows, cols, gate_stride, up_stride, into_stride)
+    _launch(gated_bwd_kernel, args, rows, cols, kind)
     return dgate, dup

@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 compiles = pytest.mark.skipif(cuda_nvrtc.unavailable() is not None, reason=str(cuda_nvrtc.unavailable()))
 KERNELS = [
     ("fastgpt::cuda::dropout_kernel<float, __half, true>", "sm_80"),
-    ("fastgpt::cuda::softmax_pass_kernel<__nv_bfloat16>", "sm_86"),
+    ("fastgpt::cuda::softmax_pass_kernel<__nv_bfloat16, 1>", "sm_86"),
     ("fastgpt::cuda::activation_kernel<__nv_bfloat16, false, (fastgpt::cuda::Activation)3>", "sm_90a"),
     ("fastgpt::cuda::norm_backward_row_kernel<float, float, 256, 1>", "sm_80"),
     ("fastgpt::cuda::cross_entropy_row_kernel<float, 256, 4>", "sm_90a"),

@@ -110,14 +110,14 @@ sys.exit(aot.main({arguments}))
 @needs_triton
 class TestAheadOfTime:
     def test_one_kernel_for_every_architecture(self):
-        done = run(["-c", AOT_OF_ONE_KERNEL.format(tile=(64, 64, 4), arguments=[])])
+        done = run(["-c", AOT_OF_ONE_KERNEL.format(tile=(64, 64, 4), arguments=["--jobs", "1"])])
         assert done.returncode == 0, done.stdout + done.stderr
         for arch in (80, 90, 100):
             assert f"sm_{arch}" in done.stdout
         assert done.stdout.rstrip().endswith("3 kernels compiled, 0 spill or do not fit")
 
     def test_a_spill_fails(self):
-        done = run(["-c", AOT_OF_ONE_KERNEL.format(tile=(64, 64, 1), arguments=["--arch", "90"])])
+        done = run(["-c", AOT_OF_ONE_KERNEL.format(tile=(64, 64, 1), arguments=["--arch", "90", "--jobs", "1"])])
         assert done.returncode == 1, done.stdout + done.stderr
         assert "SPILLS" in done.stdout
 
@@ -128,3 +128,35 @@ class TestAheadOfTime:
         done = run(["-m", "fastgpt.kernels.aot", "sofmax"])
         assert done.returncode == 2
         assert "op is 'sofmax', expected one of activation, adamw, attention" in done.stderr
+
+
+TUNED = """
+import sys
+import torch
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.driver import driver
+from fastgpt.kernels import activation, aot
+
+runs = []
+
+def benchmark(call, quantiles):
+    call()
+    runs.append(None)
+    return [1.0 / len(runs)] * 3
+
+Autotuner.do_bench = property(lambda self: benchmark)
+driver.set_active(aot.CompileOnlyDriver(90))
+x = torch.empty(4096, 768, dtype=torch.bfloat16, device="meta")
+compiled = aot.compile_call(lambda: activation.activation("gelu", x))
+print(len(runs), compiled[-1][1].metadata.num_warps)
+"""
+
+
+@needs_triton
+def test_measured_tiles_are_kept_on_disk(tmp_path):
+    """A second process measures nothing and starts the tile that was fastest: the last one, by the stub's clock."""
+    variables = {"FASTGPT_AUTOTUNE": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    first, second = (run(["-c", TUNED], **variables) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout.split() == ["8", "8"]
+    assert second.stdout.split() == ["0", "8"]

@@ -6,7 +6,7 @@ from parity import assert_parity, random
 from triton_engine import DEVICE, gpu, opcheck, triton_engine  # noqa: F401
 
 from fastgpt import ops
-from fastgpt.ops import reference
+from fastgpt.ops import graphs, reference
 
 pytestmark = pytest.mark.usefixtures("triton_engine")
 
@@ -100,6 +100,20 @@ def test_opcheck():
     shadows = [x.bfloat16() for x in state[0]]
     args = (*state, DECAYS, 1e-3, 0.9, 0.99, 1e-8, 0.5, 3, shadows, True)
     opcheck(torch.ops.fastgpt.adamw.default, args)
+
+
+def test_tables_that_a_graph_reads_outlive_the_cache(monkeypatch):
+    monkeypatch.setattr(graphs, "_held", [])
+    update([here(tensors) for tensors in lists()])
+    assert graphs._held == []
+    monkeypatch.setattr(graphs, "_capturing", lambda device: True)
+    state = [here(tensors) for tensors in lists()]
+    update(state)
+    ops.grad_norm(state[1])
+    addresses = [table.tolist()[0] for table in graphs._held if table.dtype == torch.int64 and table.dim() == 2]
+    assert [x.data_ptr() for x in state[0]] in addresses
+    assert [x.data_ptr() for x in state[1]] in addresses
+    assert len(graphs._held) == 5  # two tables each, and the decays
 
 
 class TestRealSizes:

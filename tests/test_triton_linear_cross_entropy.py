@@ -1,5 +1,7 @@
 """The chunked loss over Triton's cross-entropy kernels against the formula; and the gradient in the place of the logits."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from fastgpt.kernels import linear_cross_entropy as kernels
 from fastgpt.ops import reference
 
 pytestmark = pytest.mark.usefixtures("triton_engine")
+
+shared = importlib.import_module("fastgpt.ops.linear_cross_entropy")
 
 
 def targets(rows, classes, ignored=()):
@@ -33,7 +37,7 @@ def check(rows, width, classes, ignored=(), dtype=torch.float32, reduction="mean
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Eight rows a chunk."""
-    monkeypatch.setattr(kernels, "_MOST_ROWS", 8)
+    monkeypatch.setattr(shared, "_DEVICE_MOST_ROWS", 8)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -44,14 +48,21 @@ def test_parity(shape, reduction):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_chunks(short_chunks, dtype):
-    assert kernels.chunk_rows(21, 97, 2) == 7
+    assert kernels.device_chunk_rows(21, 97) == 8
     check(21, 24, 97, ignored=(0, 9, 20), dtype=dtype, smoothing=0.1)
 
 
 def test_chunks_of_real_sizes():
-    assert 8192 <= kernels.chunk_rows(65536, 50304, 2) <= 16384
-    assert kernels.chunk_rows(65536, 65, 2) == 16384
-    assert kernels.chunk_rows(4096, 50304, 2) == 4096
+    """8k to 16k rows of GPT-2's vocabulary; about even, multiples of 8, and no more numbers than DEVICE_CHUNK."""
+    assert 8192 <= kernels.device_chunk_rows(65536, 50304) <= 16384
+    assert kernels.device_chunk_rows(65536, 65) == 16384
+    assert kernels.device_chunk_rows(4096, 50304) == 4096
+    for rows, classes in ((1, 50304), (16385, 50304), (65536, 128_256), (100_000, 262_144)):
+        chunk = kernels.device_chunk_rows(rows, classes)
+        chunks = -(-rows // chunk)
+        assert chunk % 8 == 0
+        assert chunk * classes <= shared.DEVICE_CHUNK + 8 * classes
+        assert chunk * chunks - rows < 8 * chunks
 
 
 def test_no_rows_and_all_ignored(short_chunks):
@@ -103,4 +114,4 @@ class TestRealSizes:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         ops.linear_cross_entropy(x, w, targets(rows, classes).to(DEVICE)).backward()
-        assert torch.cuda.max_memory_allocated() - before < 2 * kernels.CHUNK_BYTES + 8 * w.nbytes
+        assert torch.cuda.max_memory_allocated() - before < 4 * shared.DEVICE_CHUNK + 8 * w.nbytes

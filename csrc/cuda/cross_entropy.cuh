@@ -107,8 +107,6 @@ __device__ __forceinline__ float target_logit(const CrossEntropyArgs& a, const T
   return target >= 0 && target < a.cols ? to_float(x[target]) : 0.0f;
 }
 
-__device__ __forceinline__ float finite_or_zero(float x) { return fabsf(x) < INFINITY ? x : 0.0f; }
-
 template <class T, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads) cross_entropy_row_kernel(CrossEntropyArgs a) {
   const int64_t row = row_of_thread<kThreads>();
@@ -163,28 +161,19 @@ __global__ void __launch_bounds__(1024) cross_entropy_pass_kernel(CrossEntropyAr
   const T* x = static_cast<const T*>(a.logits) + row * a.cols;
   const int64_t target = a.target[row];
   const float picked = target_logit(a, x, target);
-  float top = -INFINITY, sum = 0.0f, plain = 0.0f;
+  RunningSum exps;
+  float plain = 0.0f;
   for (int64_t j = int64_t(threadIdx.x) * kElements; j < a.cols; j += int64_t(blockDim.x) * kElements) {
     const Vector<T, kElements> v = load<kElements>(x + j);
-    float larger = top;
+    exps.add<kElements>([&](int e) { return to_float(v.v[e]); });
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) larger = fmaxf(larger, to_float(v.v[e]));
-    const float from = finite_or_zero(larger);
-    if (larger != top) sum *= expf(top - larger);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      sum += expf(to_float(v.v[e]) - from);
-      plain += to_float(v.v[e]);
-    }
-    top = larger;
+    for (int e = 0; e < kElements; ++e) plain += to_float(v.v[e]);
   }
-  const float largest = reduce<Max, 1024>(top);
-  if (largest != top) sum *= expf(top - largest);
-  sum = reduce<Sum, 1024>(sum);
+  exps.join<1024>();
   if (a.smoothing > 0.0f) plain = reduce<Sum, 1024>(plain);
   double lse = 0.0;
   if (threadIdx.x == 0) {
-    if (target != a.ignore_index) lse = log_sum_exp(finite_or_zero(largest), sum);
+    if (target != a.ignore_index) lse = log_sum_exp(finite_or_zero(exps.top), exps.sum);
     a.lse[row] = lse;
     a.losses[row] = row_loss(a, lse, target, picked, plain);
   }

@@ -39,6 +39,36 @@ __device__ __forceinline__ float reduce(float x) {
   return x;
 }
 
+__device__ __forceinline__ float finite_or_zero(float x) { return fabsf(x) < INFINITY ? x : 0.0f; }
+
+// The largest of a row's values so far and the sum of exp(value - largest), in one walk (arXiv 1805.02867, algorithm
+// 3). A largest value that is not finite counts as 0 in the sum, so that a row of -inf has the sum 0 and one with inf
+// has inf.
+struct RunningSum {
+  float top = -INFINITY, sum = 0.0f;
+
+  // The next values: f(e) for e below kCount.
+  template <int kCount, class F>
+  __device__ __forceinline__ void add(const F& f) {
+    float larger = top;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) larger = fmaxf(larger, f(e));
+    const float from = finite_or_zero(larger);
+    if (larger != top) sum *= expf(top - larger);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) sum += expf(f(e) - from);
+    top = larger;
+  }
+  // Of all threads together, in every thread.
+  template <int kThreads>
+  __device__ __forceinline__ void join() {
+    const float largest = reduce<Max, kThreads>(top);
+    if (largest != top) sum *= expf(top - largest);
+    sum = reduce<Sum, kThreads>(sum);
+    top = largest;
+  }
+};
+
 struct Pair {
   float x, y;
 };

@@ -4,7 +4,7 @@
 //   dx = scale y (g - sum g y),                                   or  dx = g - exp(y) sum g
 //
 // The in-register kernels read each element once; the others, for rows that are too wide or not aligned, read a row
-// two (backward) or three times, the later times from the caches where it fits them. All arithmetic is in fp32.
+// twice, the second time from the caches where it fits them. All arithmetic is in fp32.
 #pragma once
 
 #include "cuda/kernels.cuh"
@@ -59,23 +59,31 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads) softmax_row_k
   x.write(static_cast<T*>(a.y) + row * a.cols, a.cols);
 }
 
-template <class T>
+// A block a row of any width, kElements an access: one walk for the largest value and the sum, one for the result.
+template <class T, int kElements>
 __global__ void __launch_bounds__(1024) softmax_pass_kernel(SoftmaxArgs a) {
   const int64_t row = blockIdx.x;
-  const int cols = static_cast<int>(a.cols);
+  const int step = static_cast<int>(blockDim.x) * kElements, cols = static_cast<int>(a.cols);
   const RowMask<false> value(a, row);
   const T* x = static_cast<const T*>(a.x) + row * a.cols;
   T* y = static_cast<T*>(a.y) + row * a.cols;
-  float largest = -INFINITY;
-  for (int j = threadIdx.x; j < cols; j += blockDim.x) largest = fmaxf(largest, value(j, to_float(x[j])));
-  largest = reduce<Max, 1024>(largest);
-  float sum = 0.0f;
-  for (int j = threadIdx.x; j < cols; j += blockDim.x) sum += expf(value(j, to_float(x[j])) - largest);
-  sum = reduce<Sum, 1024>(sum);
+  RunningSum exps;
+  for (int j = static_cast<int>(threadIdx.x) * kElements; j < cols; j += step) {
+    const Vector<T, kElements> v = load<kElements>(x + j);
+    exps.add<kElements>([&](int e) { return value(j + e, to_float(v.v[e])); });
+  }
+  exps.join<1024>();
+  const float largest = exps.top,
+              sum = largest < INFINITY ? exps.sum : __int_as_float(0x7fffffff);  // NaN, as inf - inf
   const float log_sum = logf(sum), inverse = 1.0f / sum;
-  for (int j = threadIdx.x; j < cols; j += blockDim.x) {
-    const float v = value(j, to_float(x[j])) - largest;
-    y[j] = from_float<T>(a.log ? v - log_sum : expf(v) * inverse);
+  for (int j = static_cast<int>(threadIdx.x) * kElements; j < cols; j += step) {
+    Vector<T, kElements> v = load<kElements>(x + j);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const float d = value(j + e, to_float(v.v[e])) - largest;
+      v.v[e] = from_float<T>(a.log ? d - log_sum : expf(d) * inverse);
+    }
+    store<kElements>(y + j, v);
   }
 }
 
@@ -98,22 +106,29 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads) softmax_backw
   grad.write(static_cast<T*>(a.y) + row * a.cols, a.cols);
 }
 
-template <class T>
+template <class T, int kElements>
 __global__ void __launch_bounds__(1024) softmax_backward_pass_kernel(SoftmaxArgs a) {
   const int64_t row = blockIdx.x;
-  const int cols = static_cast<int>(a.cols);
+  const int step = static_cast<int>(blockDim.x) * kElements, cols = static_cast<int>(a.cols);
   const T* grad = static_cast<const T*>(a.x) + row * a.cols;
   const T* y = static_cast<const T*>(a.y_in) + row * a.cols;
   T* dx = static_cast<T*>(a.y) + row * a.cols;
   float sum = 0.0f;
-  for (int j = threadIdx.x; j < cols; j += blockDim.x) {
-    const float g = to_float(grad[j]);
-    sum += a.log ? g : g * to_float(y[j]);
+  for (int j = static_cast<int>(threadIdx.x) * kElements; j < cols; j += step) {
+    const Vector<T, kElements> g = load<kElements>(grad + j), p = load<kElements>(y + j);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) sum += a.log ? to_float(g.v[e]) : to_float(g.v[e]) * to_float(p.v[e]);
   }
   sum = reduce<Sum, 1024>(sum);
-  for (int j = threadIdx.x; j < cols; j += blockDim.x) {
-    const float g = to_float(grad[j]), p = to_float(y[j]);
-    dx[j] = from_float<T>(a.log ? g - expf(p) * sum : a.scale * p * (g - sum));
+  for (int j = static_cast<int>(threadIdx.x) * kElements; j < cols; j += step) {
+    Vector<T, kElements> g = load<kElements>(grad + j);
+    const Vector<T, kElements> p = load<kElements>(y + j);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const float each = to_float(g.v[e]), of = to_float(p.v[e]);
+      g.v[e] = from_float<T>(a.log ? each - expf(of) * sum : a.scale * of * (each - sum));
+    }
+    store<kElements>(dx + j, g);
   }
 }
 

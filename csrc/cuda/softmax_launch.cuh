@@ -10,7 +10,8 @@ template <class T>
 void launch_softmax(const SoftmaxArgs& a, bool backward, cudaStream_t stream) {
   const int64_t rows = a.batch * a.heads * a.queries;
   if (rows == 0 || a.cols == 0) return;
-  if (aligned({a.x, a.y, backward ? a.y_in : a.x}, a.cols * int64_t(sizeof(T)))) {
+  const bool vectors = aligned({a.x, a.y, backward ? a.y_in : a.x}, a.cols * int64_t(sizeof(T)));
+  if (vectors) {
     const bool plain = a.mask == nullptr && !a.causal;
     const auto forward_row = [&]<int kThreads, int kVectors>(const Row<T, kThreads, kVectors>& row) {
       launch_rows(
@@ -30,8 +31,14 @@ void launch_softmax(const SoftmaxArgs& a, bool backward, cudaStream_t stream) {
       return;
     }
   }
-  launch(backward ? softmax_backward_pass_kernel<T> : softmax_pass_kernel<T>, dim3(blocks_of(rows)),
-         dim3(pass_threads(a.cols)), 0, stream, a);
+  const auto pass = [&](void (*kernel)(SoftmaxArgs)) {
+    launch(kernel, dim3(blocks_of(rows)), dim3(pass_threads(a.cols)), 0, stream, a);
+  };
+  if (vectors) {
+    pass(backward ? softmax_backward_pass_kernel<T, kWide<T>> : softmax_pass_kernel<T, kWide<T>>);
+  } else {
+    pass(backward ? softmax_backward_pass_kernel<T, 1> : softmax_pass_kernel<T, 1>);
+  }
 }
 
 }  // namespace fastgpt::cuda

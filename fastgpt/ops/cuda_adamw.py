@@ -13,14 +13,21 @@ from torch import Tensor
 
 from fastgpt.ops import cuda
 from fastgpt.ops.backend import NotCovered, implement
+from fastgpt.ops.graphs import hold
 
 CHUNK = 4096  # elements a block; kChunk in csrc/cuda/kernels.cuh
 
 
 @functools.lru_cache(maxsize=64)
-def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A list of numbers on the device, kept for the next call with the same ones."""
+def _table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A list of numbers on the device, kept for the next call with the same ones, and for good where a CUDA graph reads it."""
+    table = _table(numbers, dtype, device)
+    hold(table)
+    return table
 
 
 def _list(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor, int, int]:

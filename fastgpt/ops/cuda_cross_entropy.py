@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastgpt.ops import cuda
 from fastgpt.ops.backend import NotCovered, implement
+from fastgpt.ops.linear_cross_entropy import device_chunk_rows
 
 _MAX_COLS = 2**31 - 1
-CHUNK_BYTES = 1 << 30  # of logits at a time in linear_cross_entropy: 10,670 rows of 50,304 bf16 numbers
 
 
 def _count(target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:
@@ -117,7 +117,7 @@ def _linear_cross_entropy(
     dx = torch.empty_like(half) if keeps else half.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if keeps else weight.new_empty(0)
     losses = torch.empty(rows, dtype=torch.float32, device=x.device)
-    chunk = chunk_rows(rows, classes, dtype.itemsize)
+    chunk = device_chunk_rows(rows, classes)
     lse = torch.empty(chunk, dtype=torch.float64, device=x.device)
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
@@ -132,10 +132,3 @@ def _linear_cross_entropy(
     total = losses.sum(dtype=torch.float64)
     loss = (total if count is None else total / count).float()
     return loss, dx.to(x.dtype), dweight.to(weight.dtype)
-
-
-def chunk_rows(rows: int, classes: int, itemsize: int) -> int:
-    """Rows a chunk: as even as they can be, multiples of 8 so that every chunk begins at 16 bytes, CHUNK_BYTES of logits at most."""
-    most = max(1024, CHUNK_BYTES // (classes * itemsize))
-    chunks = -(-rows // most)
-    return -(-rows // (8 * chunks)) * 8

@@ -18,6 +18,8 @@ from fastgpt.ops.linear import products_in_halves
 
 _REDUCTIONS = ("mean", "sum")
 CHUNK_BYTES = 64 << 20  # of logits at a time: 333 rows of 50,304 fp32 numbers
+DEVICE_CHUNK = 1 << 29  # numbers of logits at a time on a GPU: 10,672 rows of 50,304, 1 GiB in bf16
+_DEVICE_LEAST_ROWS, _DEVICE_MOST_ROWS = 1024, 16384
 _LEAST_ROWS = 256  # the weights are packed anew for each chunk, which is worth it from here on
 
 
@@ -26,6 +28,14 @@ def _chunk_rows(rows: int, classes: int, itemsize: int) -> int:
     most = max(_LEAST_ROWS, CHUNK_BYTES // max(1, classes * itemsize))
     chunks = max(1, -(-rows // most))
     return -(-rows // chunks)
+
+
+def device_chunk_rows(rows: int, classes: int) -> int:
+    """Rows a chunk on a GPU: 8k to 16k of GPT-2's vocabulary, since each chunk reads the weights three times; as even as they can be,
+    multiples of 8, so that every chunk begins at 16 bytes."""
+    most = min(max(_DEVICE_LEAST_ROWS, DEVICE_CHUNK // max(1, classes)), _DEVICE_MOST_ROWS)
+    chunks = max(1, -(-rows // most))
+    return max(8, -(-rows // (8 * chunks)) * 8)
 
 
 def _cpu(

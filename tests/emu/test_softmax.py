@@ -19,6 +19,8 @@ BUGS = [
     Bug("causal off by one", "softmax.cuh", "column < visible", "column <= visible", expression=True),
     Bug("no scale", "softmax.cuh", "x *= scale;", ";"),
     Bug("mask of another head", "softmax.cuh", "row / a.queries % a.heads", "row / a.queries % 1", expression=True),
+    Bug("no rescaling of the sum", "row.cuh", "if (larger != top) sum *= expf(top - larger);", ";"),
+    Bug("no rescaling between threads", "row.cuh", "if (largest != top) sum *= expf(top - largest);", ";"),
     Bug("rows past the last", "row_launch.cuh", "(rows + 3) / 4", "rows / 4", expression=True),
 ]  # fmt: skip
 
@@ -69,6 +71,13 @@ def test_a_row_as_wide_as_gpt2s_vocabulary(emulator: Emulator, dtype: torch.dtyp
     check(emulator, (1, 1, 1, 50304), dtype)
 
 
+@pytest.mark.parametrize("cols", [8200, 8201, 16392])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masked_rows_that_no_block_holds(emulator: Emulator, cols: int, causal: bool) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        check(emulator, (1, 2, 2, cols), dtype, scale=0.5, causal=causal, masked=True, magnitude=3.0)
+
+
 def test_the_widest_row(emulator: Emulator) -> None:
     check(emulator, (1, 1, 1, 262144), torch.bfloat16, log=True)
 
@@ -83,9 +92,9 @@ def test_values_that_are_not_finite(emulator: Emulator) -> None:
     x = torch.randn(5, 16)
     x[1] = -torch.inf
     x[2, 3], x[3, 4], x[4, 5] = torch.inf, torch.nan, -torch.inf
-    for log in (False, True):
+    for log, x in ((log, x[:, :cols].contiguous()) for log in (False, True) for cols in (16, 15)):
         y = torch.zeros_like(x)
-        emulator("softmax", 0, x, None, y, None, 0, 0, 0, 1, 1, 5, 16, 1.0, False, log, 0)
+        emulator("softmax", 0, x, None, y, None, 0, 0, 0, 1, 1, 5, x.shape[1], 1.0, False, log, 0)
         expected = torch.log_softmax(x, -1) if log else torch.softmax(x, -1)
         torch.testing.assert_close(y, expected, equal_nan=True)
 
@@ -114,6 +123,7 @@ def test_planted_bugs_are_caught(emulator: Emulator, bug: str) -> None:
         try:
             check(emulator, (1, 2, 5, 104), torch.float32, scale=0.5, causal=True, masked=True, mode=mode, bug=bug)
             check(emulator, (1, 2, 3, 1544), torch.float32, scale=0.5, mode=mode, seed=seed, bug=bug)
+            check(emulator, (1, 1, 2, 1545), torch.float32, magnitude=3.0, mode=mode, seed=seed, bug=bug)
         except (EmulationError, AssertionError):
             return False
         return True
