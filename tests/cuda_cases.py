@@ -64,6 +64,10 @@ def arguments(op: str, rows: int, cols: int, dtype: torch.dtype) -> tuple[Any, .
     if op in by_op:
         return by_op[op]()
     name, _, kind = op.partition(":")
+    if not name.startswith("bias_activation"):  # relu, gelu:tanh, gelu_backward:tanh and the like
+        forward, options = name.removesuffix("_backward"), (kind,) if kind else ()
+        kept = getattr(reference, forward)(x) if forward in reference.KEEPS_RESULT else x
+        return (x, *options) if name == forward else (grad, kept, *options)
     kept = reference.bias_activation(x, bias, kind) if kind in reference.KEEPS_RESULT else x
     return (x, bias, kind) if name == "bias_activation" else (grad, kept, bias, kind, True)
 
@@ -74,6 +78,8 @@ OPS = [
     "cross_entropy_backward", "cross_entropy_inplace", "cross_entropy_inplace_backward", "linear_cross_entropy", "embedding",
     "embedding_backward", "embedding_accumulate_backward", "rope", "grad_norm", "adamw", "swiglu", "swiglu_backward", "geglu",
     "geglu_backward", *(f"bias_activation{back}:{kind}" for kind in KINDS for back in ("", "_backward")),
+    *(f"{name}{back}" for name in ("relu", "sigmoid", "tanh", "silu") for back in ("", "_backward")),
+    *(f"gelu{back}:{approximate}" for approximate in ("none", "tanh") for back in ("", "_backward")),
 ]  # fmt: skip
 
 
