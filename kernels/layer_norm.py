@@ -26,6 +26,7 @@ __all__ = ["add_layer_norm", "add_norm_backward", "add_rms_norm", "layer_norm", 
 
 ONE_BLOCK = 8192  # columns that a program keeps in registers, with their two gradients in the backward
 ONE_BLOCK_OF_SUM = 4096  # the same in the backward of a sum that has a gradient, too: 8,192 spill
+BACKWARD_ELEMENTS = 2048  # of short rows together in the backward: with 4,096 sm_100 spills
 WIDE_BLOCK = 4096  # columns a step beyond that
 PART_ROWS = 32  # partial sums added a step
 PART_COLS = 64  # columns of a program that adds partial sums
@@ -340,7 +341,7 @@ def add_norm_backward(
     rms = mean is None
     flags = rms, grad_sum is not None, needs_half, weight is not None
     if cols <= (ONE_BLOCK if grad_sum is None else min(ONE_BLOCK, ONE_BLOCK_OF_SUM)):
-        block_m, block_n = tuning.tile(x, rows, cols)
+        block_m, block_n = tuning.tile(x, rows, cols, BACKWARD_ELEMENTS)
         # more programs hide more latency, and write more partial sums; short rows leave registers for four on a multiprocessor
         programs = min((4 if block_n <= 2048 else 2) * multiprocessors(x), triton.cdiv(rows, block_m))
         rows_each = triton.cdiv(triton.cdiv(rows, programs), block_m) * block_m

@@ -30,15 +30,14 @@ class Sizes:
     """What a program of a memory-bound kernel takes on."""
 
     elements: int  # of an element-wise kernel, and of short rows together
-    step: int  # classes a step of cross_entropy, columns a step of rows that fit no block
-    a_thread: int  # elements a thread
+    step: int  # classes a step of cross_entropy
 
 
 # A multiprocessor has to have bytes per second times latency on their way: about 11 KB on an A100 (2.0 TB/s, 108 of them, 0.6 us), 18
 # on an H100 (3.35, 132, 0.7), 38 on a B200 (8.0, 148, 0.7). 2,048 resident threads with 16 elements of two bytes are 64 KB, which
 # leaves room for programs that are between their loads; on sm_100 that room is made with twice the elements a thread. From these
 # numbers, not measured.
-SIZES = {80: Sizes(2048, 4096, 16), 90: Sizes(2048, 4096, 16), 100: Sizes(4096, 8192, 32)}
+SIZES = {80: Sizes(2048, 4096), 90: Sizes(2048, 4096), 100: Sizes(4096, 8192)}
 
 
 def sizes(x: Tensor) -> Sizes:
@@ -48,14 +47,15 @@ def sizes(x: Tensor) -> Sizes:
 
 
 def warps(x: Tensor, elements: int) -> int:
-    """Warps of a memory-bound program of so many elements: 4 to 16."""
-    return min(max(triton.next_power_of_2(elements // (32 * sizes(x).a_thread)), 4), 16)
+    """Warps of a memory-bound program of so many elements: 16 to 32 a thread."""
+    return 4 if elements <= sizes(x).elements else 8 if elements <= 8192 else 16
 
 
-def tile(x: Tensor, rows: int, cols: int) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_N) that holds whole rows: BLOCK_N >= cols, and as many rows as a program's elements and the work allow."""
+def tile(x: Tensor, rows: int, cols: int, most: int = 8192) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N) that holds whole rows: BLOCK_N >= cols, and as many rows as a program's elements, but no more than `most`, and
+    the work allow."""
     block_n = triton.next_power_of_2(max(cols, 1))
-    block_m = min(max(sizes(x).elements // block_n, 1), triton.next_power_of_2(max(rows, 1)))
+    block_m = min(max(min(sizes(x).elements, most) // block_n, 1), triton.next_power_of_2(max(rows, 1)))
     return block_m, block_n
 
 
