@@ -412,9 +412,9 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t th
   ends.reserve(texts.size());
   size_t total = 0;
   for (const auto& text : texts) total += text.size();
-  if (total >= kThreadBytes) out.reserve_more(total / kBytesPerId);
   threads = std::min(threads, total / kThreadBytes + 1);
   if (threads <= 1) {
+    if (total >= kThreadBytes) out.reserve_more(total / kBytesPerId);
     for (const auto& text : texts) {
       encode(text, out);
       ends.push_back(out.size());
@@ -446,46 +446,65 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t th
       bytes = 0;
     }
   }
-  std::vector<IdBuffer> results(jobs.size() - 1);
+  // Each thread has one buffer for the ids of all its jobs; when all sizes are known, all threads copy.
+  struct Result {
+    size_t thread, at;  // where the job's ids are
+  };
+  const size_t count = jobs.size() - 1;
+  std::vector<Result> results(count);
+  std::vector<IdBuffer> buffers(threads);
   std::vector<uint64_t> sizes(parts.size());
-  std::atomic<size_t> next{0};
   std::exception_ptr error;
   std::atomic<bool> failed{false};
-  auto work = [&] {
-    try {
-      for (size_t job; (job = next.fetch_add(1)) < results.size() && !failed.load(std::memory_order_relaxed);) {
-        for (size_t i = jobs[job]; i < jobs[job + 1]; ++i) {
-          const size_t before = results[job].size();
-          encode(parts[i].text, results[job]);
-          sizes[i] = results[job].size() - before;
+  auto on_all = [&](const auto& run_job) {
+    std::atomic<size_t> next{0};
+    auto work = [&](size_t thread) {
+      try {
+        for (size_t job; (job = next.fetch_add(1)) < count && !failed.load(std::memory_order_relaxed);) {
+          run_job(thread, job);
         }
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
       }
-    } catch (...) {
-      if (!failed.exchange(true)) error = std::current_exception();
+    };
+    std::vector<std::thread> pool;
+    try {
+      for (size_t i = 1; i < threads; ++i) pool.emplace_back(work, i);
+    } catch (const std::system_error&) {
+      // Fewer threads than wished for: this one does the rest.
     }
+    work(0);
+    for (auto& thread : pool) thread.join();
+    if (error) std::rethrow_exception(error);
   };
-  std::vector<std::thread> pool;
-  try {
-    for (size_t i = 1; i < threads; ++i) pool.emplace_back(work);
-  } catch (const std::system_error&) {
-    // Fewer threads than wished for: this one does the rest.
-  }
-  work();
-  for (auto& thread : pool) thread.join();
-  if (error) std::rethrow_exception(error);
+  on_all([&](size_t thread, size_t job) {
+    IdBuffer& ids = buffers[thread];
+    if (!ids.size()) ids.reserve_more(total / kBytesPerId / threads);
+    results[job] = {thread, ids.size()};
+    for (size_t i = jobs[job]; i < jobs[job + 1]; ++i) {
+      const size_t before = ids.size();
+      encode(parts[i].text, ids);
+      sizes[i] = ids.size() - before;
+    }
+  });
 
-  size_t ids = 0;
-  for (const auto& result : results) ids += result.size();
-  out.reserve_more(ids);
+  std::vector<size_t> places(count + 1, out.size());
   ends.assign(texts.size(), 0);
-  for (size_t i = 0; i < parts.size(); ++i) ends[parts[i].index] += sizes[i];
+  for (size_t job = 0; job < count; ++job) {
+    places[job + 1] = places[job];
+    for (size_t i = jobs[job]; i < jobs[job + 1]; ++i) {
+      places[job + 1] += sizes[i];
+      ends[parts[i].index] += sizes[i];
+    }
+  }
   uint64_t at = out.size();
   for (auto& end : ends) end = at += end;
-  for (auto& result : results) {
-    std::copy(result.data(), result.data() + result.size(), out.data() + out.size());
-    out.set_size(out.size() + result.size());
-    result = IdBuffer();
-  }
+  out.reserve_more(places[count] - out.size());
+  on_all([&](size_t, size_t job) {
+    const uint32_t* const ids = buffers[results[job].thread].data() + results[job].at;
+    std::copy(ids, ids + (places[job + 1] - places[job]), out.data() + places[job]);
+  });
+  out.set_size(places[count]);
 }
 
 size_t Encoder::cache_bytes() const {
