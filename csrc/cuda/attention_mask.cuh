@@ -20,8 +20,9 @@ struct Range {
 struct Sight {
   int queries, keys, left, right;
 
-  // Keys that some query of `rows` sees.
+  // Keys that some query of `rows` sees; rows past the end see nothing.
   __host__ __device__ Range keys_of(Range rows) const {
+    if (rows.begin >= queries) return {0, 0};
     const int offset = keys - queries, last = (rows.end < queries ? rows.end : queries) - 1 + offset;
     const int begin = rows.begin + offset - left, end = last + right + 1;
     return {begin > 0 ? begin : 0, end < keys ? end : keys};
@@ -29,6 +30,7 @@ struct Sight {
 
   // Queries that see some key of `rows`.
   __host__ __device__ Range queries_of(Range rows) const {
+    if (rows.begin >= keys) return {0, 0};
     const int offset = keys - queries, last = (rows.end < keys ? rows.end : keys) - 1 - offset;
     const int begin = rows.begin - offset - right, end = last + left + 1;
     return {begin > 0 ? begin : 0, end < queries ? end : queries};

@@ -40,6 +40,9 @@ struct Params {
   const void* grad;
   void *grad_query, *grad_key, *grad_value;
   float* delta;
+  // Where it is not null, the kernel with five products adds dQ here in fp32, by bulk reductions whose order is free:
+  // zeros, grad_sums_numbers() of attention_sm90_grad_query.cuh. Of attention_sm90 alone.
+  float* grad_query_sums = nullptr;
   Strides grad_stride, grad_query_stride, grad_key_stride, grad_value_stride;
 };
 

@@ -1,48 +1,81 @@
-// The gradients of attention_sm90.cuh on tensor copies and wgmma, without atomics: the same bits every time.
+// The gradients of attention_sm90.cuh on tensor copies and wgmma.
 //
 //   P = exp(scale S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q
 //
 // (arXiv 2205.14135, appendix B.4), delta the row sums of dO O; with dropout P^T in dV and dP are those of the kept
-// weights, times the factor. Two kernels of one shape: 128 rows stay, 64 columns a step stream past them. For dK and dV
-// the rows are keys and the columns queries (of all query heads that share the key head), so that P^T and dS^T feed
-// their sums from registers; for dQ the rows are queries and the columns keys. Seven products where one kernel that
-// adds to dQ in fp32 makes five, but no pass over an fp32 dQ: the variant for short sequences.
+// weights, times the factor. A block keeps 128 rows and streams 64 columns a step past them. Where the rows are keys
+// the columns are queries (of all query heads that share the key head), S and dP are made transposed, and P^T and dS^T
+// feed the sums of dV and dK from registers. Two ways to dQ:
+//   - kQueries, a kernel of its own whose rows are queries: seven products in all, no additions between blocks, the
+//   same
+//     bits every time, and no pass over an fp32 dQ, which is most of the time for short sequences;
+//   - kAll: the kernel of the keys also writes dS^T to shared memory, and the two consumers multiply it by K, half of
+//   D's
+//     columns each, and add the result to dQ's fp32 sums by bulk reductions, in whatever order blocks get there: five
+//     products (attention_sm90_grad_query.cuh).
 //
 // Switched off by default: it has not run on a GPU yet; see docs/notes/hopper.md.
 #pragma once
 
 #include "cuda/attention_sm80_backward.cuh"
 #include "cuda/attention_sm90.cuh"
+#include "cuda/attention_sm90_grad_query.cuh"
 
 namespace fastgpt::attention {
 
-template <int kDim>
+enum class BackwardForm { kKeys, kQueries, kAll };  // dK and dV, dQ, all three
+
+template <int kDim, BackwardForm kForm>
 struct Sm90Backward {
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int BLOCK_ROWS = 64 * kConsumers, BLOCK_COLUMNS = 64;
   static constexpr int kStages = kDim == 64 ? 4 : 2;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
   static constexpr int kRowsBytes = BLOCK_ROWS * kDim * 2, kColumnsBytes = BLOCK_COLUMNS * kDim * 2;
   static constexpr int kVectorBytes = BLOCK_COLUMNS * 4;
-  // Two tiles that stay, two a stage; lse and delta of the columns a stage; barriers; 1024 to align.
-  static constexpr int kVectors = 2 * kRowsBytes + 2 * kStages * kColumnsBytes;
+  // Two tiles that stay, two a stage; of kAll two tiles of dS^T and a warpgroup's part of dQ each; lse and delta of the
+  // columns a stage; barriers; 1024 to align.
+  static constexpr int kScoresBytes = BLOCK_ROWS * BLOCK_COLUMNS * 2, kPartBytes = kSumRows * kDim / 2 * 4;
+  static constexpr int kScores = 2 * kRowsBytes + 2 * kStages * kColumnsBytes;
+  static constexpr int kParts = kScores + (kForm == BackwardForm::kAll ? 2 * kScoresBytes : 0);
+  static constexpr int kVectors = kParts + (kForm == BackwardForm::kAll ? kConsumers * kPartBytes : 0);
   static constexpr int kBarriers = kVectors + 2 * kStages * kVectorBytes;
   static constexpr int kSharedBytes = 1024 + kBarriers + 8 * (1 + 2 * kStages);
 };
+
+// Adds a warpgroup's part of dQ to the sums at `to`, through its piece of shared memory, which the reduction before may
+// still be reading. `barrier` + 1 is the warpgroup's own.
+template <int kCount>
+__device__ __forceinline__ void add_part(unsigned char* piece, const float (&part)[kCount], float* to, int barrier) {
+  const int thread = threadIdx.x % 128;
+  if (thread == 0) ptx::bulk_wait_read<0>();
+  ptx::named_barrier_sync(barrier + 1, 128);  // free
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) {
+    reinterpret_cast<float4*>(piece)[128 * i + thread] =
+        make_float4(part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]);
+  }
+  ptx::fence_proxy_async();                   // of dQ
+  ptx::named_barrier_sync(barrier + 1, 128);  // written
+  if (thread == 0) {
+    ptx::bulk_add_float(to, ptx::shared_address(piece), kCount * 128 * 4);
+    ptx::bulk_commit();
+  }
+}
 
 // Which tiles a step takes: the head and the first row of the streamed tensors.
 struct BackwardStep {
   int head, first;
 };
 
-// kKeys: rows are keys, for dK and dV; else queries, for dQ. `row0` and `row1` map what stays (K, V or Q, dO),
-// `column0` and `column1` what streams (Q, dO or K, V).
-template <class T, int kDim, bool kKeys, bool kDropout>
-__global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
+// `row0` and `row1` map what stays (K, V or of kQueries Q, dO), `column0` and `column1` what streams (Q, dO or K, V).
+template <class T, int kDim, BackwardForm kForm, bool kDropout>
+__global__ void __launch_bounds__(Sm90Backward<kDim, kForm>::kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ CUtensorMap row0, const __grid_constant__ CUtensorMap row1,
                               const __grid_constant__ CUtensorMap column0, const __grid_constant__ CUtensorMap column1,
                               const __grid_constant__ Params p, const __grid_constant__ Schedule schedule) {
-  using Shape = Sm90Backward<kDim>;
+  using Shape = Sm90Backward<kDim, kForm>;
+  constexpr bool kKeys = kForm != BackwardForm::kQueries, kAll = kForm == BackwardForm::kAll;
   constexpr int kRows = Shape::BLOCK_ROWS, kColumns = Shape::BLOCK_COLUMNS, kStages = Shape::kStages;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t unaligned = ptx::shared_address(shared), base = (unaligned + 1023) & ~1023u;
@@ -149,16 +182,16 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     const float* delta = lse + kColumns;
     float scores[kColumns / 2], ds[kColumns / 2];
     uint32_t weights[kColumns / 16][4], ds_left[kColumns / 16][4];
+    uint32_t kept[kColumns / 64];
+    if constexpr (kDropout) {  // before the products: their registers are wanted here
+      kept_bits<kKeys>(kept, dropout_of(p, s), first_weight(p, s, kKeys ? at.head : head), row, first);
+    }
     ptx::mbarrier_wait(full(place.stage), place.parity);
     ptx::wgmma_fence();  // before the scores
     hopper::multiply_transposed<T, kDim, kColumns>(scores, base, kRows, consumer_row, tile0);
     ptx::wgmma_commit();
     hopper::multiply_transposed<T, kDim, kColumns>(ds, base + Shape::kRowsBytes, kRows, consumer_row, tile1);
     ptx::wgmma_commit();
-    uint32_t kept[kColumns / 64];
-    if constexpr (kDropout) {
-      kept_bits<kKeys>(kept, dropout_of(p, s), first_weight(p, s, kKeys ? at.head : head), row, first);
-    }
     ptx::wgmma_wait<1>();  // the scores
     ptx::keep(scores);
 #pragma unroll
@@ -179,6 +212,12 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
       ds[i] = scores[i] * (ds[i] - (kKeys ? delta[column] : row_delta[i / 2 % 2]));
     }
     hopper::pack_left<T>(ds_left, ds);
+    const uint32_t scores_tile = base + Shape::kScores + step % 2 * Shape::kScoresBytes;
+    if constexpr (kAll) {  // two tiles: who writes one has met those who read it, at the barrier of the step between
+      hopper::store_left(scores_tile, consumer_row + threadIdx.x % 128 / 32 * 16, ds_left);
+      ptx::fence_proxy_async();  // of dS
+      ptx::named_barrier_sync(1, 256);
+    }
     ptx::keep(sum0), ptx::keep(ds_left);
     if (kKeys) {
       if constexpr (kDropout) drop(scores, kept, 1.0f);
@@ -188,13 +227,23 @@ __global__ void __launch_bounds__(Sm90Backward<kDim>::kThreads, 1)
     ptx::wgmma_fence();  // before the sums
     if constexpr (kKeys) hopper::accumulate<T, kDim, kColumns>(sum1, weights, tile1);
     hopper::accumulate<T, kDim, kColumns>(sum0, ds_left, tile0);
+    float part[kAll ? kDim / 4 : 1];
+    if constexpr (kAll) {
+      hopper::multiply_left_transposed<T, kRows, kDim / 2>(part, scores_tile, base, (warpgroup - 1) * (kDim / 2));
+    }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();  // the sums
     ptx::keep(sum0);
     if (kKeys) ptx::keep(sum1);
     if (lane == 0) ptx::mbarrier_arrive(empty(place.stage));
+    if constexpr (kAll) {
+      ptx::keep(part);
+      float* to = sums_of(p, first_piece(p, s, tile.sequence) + first / kSumRows, at.head, warpgroup - 1);
+      add_part(shared + (base - unaligned) + Shape::kParts + (warpgroup - 1) * Shape::kPartBytes, part, to, warpgroup);
+    }
   }
 
+  if (kAll && threadIdx.x % 128 == 0) ptx::bulk_wait<0>();  // shared memory is read until then
   const auto store = [&](void* result, const Strides& by, const float (&sums)[kDim / 2], float factor) {
     T* matrix =
         static_cast<T*>(result) + s.batch * by.batch + head * by.head + (kKeys ? s.first_key : s.first_query) * by.row;

@@ -88,7 +88,8 @@ void attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_t strea
 
 template <class T, int kDim, bool kDropout>
 void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
-  using Shape = Sm90Backward<kDim>;
+  using Form = BackwardForm;
+  using Shape = Sm90Backward<kDim, Form::kKeys>;
   constexpr int kRows = Shape::BLOCK_ROWS, kColumns = Shape::BLOCK_COLUMNS;
   const auto map = [&](const char* name, const void* x, const Strides& s, int length, int heads, int rows) {
     constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
@@ -102,10 +103,16 @@ void launch_attention_bwd_sm90(const Params& p, cudaStream_t stream) {
   int count = 0;
   int* plan_of_keys = p.plan == nullptr ? nullptr : p.plan + plan_numbers(p.queries, p.sequences, kRows);
   const Schedule keys = schedule_sm90<kRows, kColumns, true>(p, plan_of_keys, stream, count);
-  launch_large(attention_bwd_sm90_kernel<T, kDim, true, kDropout>, dim3(count), dim3(Shape::kThreads),
+  if (p.grad_query_sums != nullptr) {
+    launch_large(attention_bwd_sm90_kernel<T, kDim, Form::kAll, kDropout>, dim3(count), dim3(Shape::kThreads),
+                 Sm90Backward<kDim, Form::kAll>::kSharedBytes, stream, key(kRows), value(kRows), query(kColumns),
+                 grad(kColumns), p, keys);
+    return launch(attention_grad_query_sm90_kernel<T, kDim>, dim3(pieces(p), p.heads), dim3(256), 0, stream, p);
+  }
+  launch_large(attention_bwd_sm90_kernel<T, kDim, Form::kKeys, kDropout>, dim3(count), dim3(Shape::kThreads),
                Shape::kSharedBytes, stream, key(kRows), value(kRows), query(kColumns), grad(kColumns), p, keys);
   const Schedule queries = schedule_sm90<kRows, kColumns, false>(p, p.plan, stream, count);
-  launch_large(attention_bwd_sm90_kernel<T, kDim, false, kDropout>, dim3(count), dim3(Shape::kThreads),
+  launch_large(attention_bwd_sm90_kernel<T, kDim, Form::kQueries, kDropout>, dim3(count), dim3(Shape::kThreads),
                Shape::kSharedBytes, stream, query(kRows), grad(kRows), key(kColumns), value(kColumns), p, queries);
 }
 

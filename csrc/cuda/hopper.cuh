@@ -28,9 +28,10 @@ __device__ __forceinline__ uint64_t k_major(uint32_t tile, int tile_rows, int ro
   return descriptor(panel + row * kPanelRowBytes + column % kPanelColumns * 2, 16, kGroupBytes);
 }
 
-// 16 rows from `row` on, all columns, K running down the rows: eight of K a group, 64 columns a panel.
-__device__ __forceinline__ uint64_t mn_major(uint32_t tile, int tile_rows, int row) {
-  return descriptor(tile + row * kPanelRowBytes, tile_rows * kPanelRowBytes, kGroupBytes);
+// 16 rows from `row` on, columns from `column` on, K running down the rows: eight of K a group, 64 columns a panel.
+__device__ __forceinline__ uint64_t mn_major(uint32_t tile, int tile_rows, int row, int column = 0) {
+  const uint32_t panel = tile + column / kPanelColumns * tile_rows * kPanelRowBytes + column % kPanelColumns * 2;
+  return descriptor(panel + row * kPanelRowBytes, tile_rows * kPanelRowBytes, kGroupBytes);
 }
 
 // d = A B^T: 64 rows of A from `row` on, all kColumns rows of B, over kDim columns. Asynchronous: fence before, commit
@@ -50,6 +51,28 @@ __device__ __forceinline__ void accumulate(float (&d)[kDim / 2], const uint32_t 
 #pragma unroll
   for (int k = 0; k < kInner / 16; ++k) {
     ptx::wgmma_rs<T, kDim>(d, w[k], mn_major(b, kInner, 16 * k), 1);
+  }
+}
+
+// d = A^T B: A a tile of kInner rows of 64 halves, B kColumns columns from `column` on of a tile of kInner rows.
+// Asynchronous.
+template <class T, int kInner, int kColumns>
+__device__ __forceinline__ void multiply_left_transposed(float (&d)[kColumns / 2], uint32_t a, uint32_t b, int column) {
+#pragma unroll
+  for (int k = 0; k < kInner / 16; ++k) {
+    ptx::wgmma_tt<T, kColumns>(d, mn_major(a, kInner, 16 * k), mn_major(b, kInner, 16 * k, column), k > 0);
+  }
+}
+
+// 16 rows from `row` on, of a warp's product of kBlocks 16 columns each as pack_left leaves them, into a tile of rows
+// of 64 halves, with the swizzle. The copy engine and wgmma see it after fence_proxy_async and a barrier.
+template <int kBlocks>
+__device__ __forceinline__ void store_left(uint32_t tile, int row, const uint32_t (&w)[kBlocks][4], int first = 0) {
+  const int lane = threadIdx.x % 32, mine = row + lane % 16;
+#pragma unroll
+  for (int k = 0; k < kBlocks; ++k) {
+    const int chunk = (2 * (first + k) + lane / 16) ^ mine % 8;
+    ptx::stmatrix_x4(tile + mine * kPanelRowBytes + chunk * 16, w[k]);
   }
 }
 

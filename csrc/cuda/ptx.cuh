@@ -152,6 +152,44 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// The same box back to the tensor; what lies outside of it is not written.
+__device__ __forceinline__ void tensor_store_4d(const void* map, uint32_t shared, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+
+// cp.reduce.async.bulk: `bytes` of floats in shared memory are added to those at `global`, each addition atomic; both
+// addresses and the size are multiples of 16.
+__device__ __forceinline__ void bulk_add_float(float* global, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
+               "r"(bytes)
+               : "memory");
+}
+
+// cp.async.bulk.commit_group, wait_group: what a thread stored or added in bulk, in groups, as for cp.async. With
+// `read` the wait is for shared memory to have been read; without for the writes to be done.
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kInFlight>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kInFlight) : "memory");
+}
+template <int kInFlight>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kInFlight) : "memory");
+}
+
+// 9.7.13.4 fence.proxy.async: what this thread wrote to shared memory is seen by the copy engine and by wgmma, which
+// read through another path; before the barrier after which somebody starts them.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// 9.7.15.5.16 stmatrix: four 8 x 8 matrices of 16-bit elements, the opposite of ldmatrix_x4.
+__device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // 9.7.13.1 bar: `threads` threads of the block meet at barrier `id`, 1 to 15 (0 is __syncthreads); arrive does not
 // wait.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
@@ -197,7 +235,19 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount][4]) {
 // 9.7.16.5.2 wgmma.mma_async m64nNk16, D = A B (+ D), fp32 sums. D: thread l of warp w holds in d[i] row
 // 16 w + l / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (l % 4) + i % 2. Operands in shared memory are given by
 // descriptors (hopper.cuh). `ss`: both there, both K-major. `rs`: A in registers, as mma_m16n8k16 has it for the warp's
-// 16 rows, and B MN-major, which is a row-major (k, n) matrix.
+// 16 rows, and B MN-major, which is a row-major (k, n) matrix. `tt`: both in shared memory, both MN-major.
+
+#define FASTGPT_WGMMA_SUMS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FASTGPT_WGMMA_OUTPUTS_32                                                                              \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+      "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define FASTGPT_WGMMA_TT_32(type)                                                            \
+  asm volatile(                                                                              \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                           \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " {" FASTGPT_WGMMA_SUMS_32 \
+      "}, %16, %17, p, 1, 1, 1, 1;\n}\n"                                                     \
+      : FASTGPT_WGMMA_OUTPUTS_32                                                             \
+      : "l"(a), "l"(b), "r"(accumulate))
 
 #define FASTGPT_WGMMA_SUMS_64                                              \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -212,6 +262,13 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount][4]) {
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                           \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FASTGPT_WGMMA_SUMS_64 \
       "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                     \
+      : FASTGPT_WGMMA_OUTPUTS_64                                                             \
+      : "l"(a), "l"(b), "r"(accumulate))
+#define FASTGPT_WGMMA_TT_64(type)                                                            \
+  asm volatile(                                                                              \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                           \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FASTGPT_WGMMA_SUMS_64 \
+      "}, %32, %33, p, 1, 1, 1, 1;\n}\n"                                                     \
       : FASTGPT_WGMMA_OUTPUTS_64                                                             \
       : "l"(a), "l"(b), "r"(accumulate))
 #define FASTGPT_WGMMA_RS_64(type)                                                            \
@@ -269,6 +326,16 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kColumns / 2], const uint32_
   if constexpr (kColumns == 64 && !kBFloat16) FASTGPT_WGMMA_RS_64("f16");
   if constexpr (kColumns == 128 && kBFloat16) FASTGPT_WGMMA_RS_128("bf16");
   if constexpr (kColumns == 128 && !kBFloat16) FASTGPT_WGMMA_RS_128("f16");
+}
+
+template <class T, int kColumns>
+__device__ __forceinline__ void wgmma_tt(float (&d)[kColumns / 2], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(kColumns == 32 || kColumns == 64);
+  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (kColumns == 32 && kBFloat16) FASTGPT_WGMMA_TT_32("bf16");
+  if constexpr (kColumns == 32 && !kBFloat16) FASTGPT_WGMMA_TT_32("f16");
+  if constexpr (kColumns == 64 && kBFloat16) FASTGPT_WGMMA_TT_64("bf16");
+  if constexpr (kColumns == 64 && !kBFloat16) FASTGPT_WGMMA_TT_64("f16");
 }
 
 }  // namespace fastgpt::ptx

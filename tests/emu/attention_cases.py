@@ -74,10 +74,11 @@ def check(
     backward: bool = True,
     sanitizer: str | None = None,
     more: tuple[Tensor | int | float | None, ...] = (),
+    more_backward: tuple[Tensor, ...] = (),
 ) -> list[Tensor]:
     """Run forward and backward, hold out, lse and the three gradients to the rule, and return them.
 
-    `more` are arguments of both bindings after the others.
+    `more` are arguments of both bindings after the others, `more_backward` of the second after those.
     """
     c, name = case, NAMES[case.dtype]
     q, grad = c.tensor(c.heads, c.queries, 1), c.tensor(c.heads, c.queries, 4)
@@ -106,7 +107,9 @@ def check(
         return [out, lse]
 
     results = [torch.full_like(x, poison) for x in (q, k, v)]
-    call("attention_bwd", q, k, v, out, lse, *sizes, grad, *results, torch.full_like(lse, poison), *more)
+    call(
+        "attention_bwd", q, k, v, out, lse, *sizes, grad, *results, torch.full_like(lse, poison), *more, *more_backward
+    )
     exact_grads = reference.attention_backward(
         grad.double().transpose(1, 2), wide_q, wide_k, wide_v, exact, exact_lse, *options
     )

@@ -3,7 +3,20 @@
 
 // After the common arguments: the number of multiprocessors, the grid's limit, then the options.
 static Params forward(const emu::Arguments& a) { return with_options(a, params(a), 14); }
-static Params backward(const emu::Arguments& a) { return with_options(a, backward_params(a), 19); }
+static Params backward(const emu::Arguments& a) {
+  Params p = with_options(a, backward_params(a), 19);
+  if (a.count > 28) p.grad_query_sums = a.pointer<float>(28);
+  return p;
+}
+// The floats of grad_query_sums: a tensor of one int64, then batch, heads, queries, dim, sequences (0: not packed).
+EMU_BIND(sums) {
+  Params p = {};
+  p.batch = a.integer(1), p.heads = a.integer(2), p.queries = a.integer(3), p.dim = a.integer(4);
+  p.sequences = a.integer(5);
+  const int none = 0;
+  if (p.sequences > 0) p.first_queries = &none;
+  *a.pointer<int64_t>(0) = grad_sums_numbers(p);
+}
 
 #if !defined(EMU_TSAN) && !defined(EMU_ASAN)
 EMU_BIND(attention_fwd_fp16) { attention_fwd_sm90<__half>(forward(a), a.integer(13), nullptr); }

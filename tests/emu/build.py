@@ -136,7 +136,7 @@ def _key(*parts: object) -> str:
 def _core(sanitizer: str) -> list[Path]:
     texts = [p.read_text() for p in sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp")])]
     objects = []
-    files = ["core.cpp", "hopper.cpp", "runner.cpp" if sanitizer else "control.cpp"]
+    files = ["core.cpp", "hopper.cpp", "proxy.cpp", "runner.cpp" if sanitizer else "control.cpp"]
     for source in files + ["allocation.cpp"] * (sanitizer == "thread"):
         flags = ["-std=c++20", "-O2", *COMMON, *_MACROS[sanitizer], f"-I{HERE}"]
 

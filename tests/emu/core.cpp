@@ -199,9 +199,9 @@ std::string who_waits() {
 void reschedule() {
   if (g.completion == Completion::kRandom && !g.tasks.empty() && random_below(g.slowness) == 0) finish_any_task();
   Fiber* next = take_ready();
+  if (next == nullptr && g.left == g.threads) return switch_to_main();  // what is in flight now is an error
   while (next == nullptr && finish_any_task()) next = take_ready();
   if (next == nullptr) {
-    if (g.left == g.threads) return switch_to_main();
     fail("deadlock%s", who_waits().c_str());
   }
   switch_to(next);

@@ -12,6 +12,8 @@
 #include <memory>
 #include <vector>
 
+#include "proxy.h"
+
 namespace emu {
 namespace {
 
@@ -170,8 +172,6 @@ struct Load {
   int at[4];
 };
 
-uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-
 unsigned char* shared_byte(uint32_t address) {
   return static_cast<unsigned char*>(shared_dynamic()) + (int64_t(address) - shared_address(shared_dynamic()));
 }
@@ -194,7 +194,9 @@ void land(void* data) {
             memcpy(&values[e],
                    m.base + (at[0] + e) * 2 + at[1] * m.stride[1] + at[2] * m.stride[2] + at[3] * m.stride[3], 2);
           }
-          memcpy(shared_byte(swizzled(load.shared + row * 128 + x * 2)), values, 16);
+          const uint32_t target = swizzled(load.shared + row * 128 + x * 2);
+          memcpy(shared_byte(target), values, 16);
+          memcpy(async_byte(target), values, 16);
         }
       }
     }
@@ -206,6 +208,8 @@ void land(void* data) {
 
 }  // namespace
 
+uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
 void tensor_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, const int (&at)[4]) {
   const unsigned bytes = map.box[0] * map.box[1] * map.box[2] * map.box[3] * 2;
   void* target = shared_pointer(shared, bytes, 1024, "cp.async.bulk.tensor");
@@ -214,6 +218,7 @@ void tensor_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, cons
   MBarrier& b = barrier_at(barrier, "cp.async.bulk.tensor");
   release(&b.edge[b.phase & 1]);
   memset(target, 0xff, bytes);
+  memset(async_byte(shared), 0xff, bytes);
   Load load{map, shared, barrier, {at[0], at[1], at[2], at[3]}};
   post(land, &load, sizeof load, 0);
   pause();
@@ -250,7 +255,7 @@ void multiply(void* data) {
     address = swizzled(address);
     if (address - begin + 2 > size) fail("wgmma: out of bounds of shared memory");
     uint16_t bits;
-    memcpy(&bits, static_cast<unsigned char*>(shared_dynamic()) + (address - begin), 2);
+    memcpy(&bits, async_byte(address), 2);
     return p.widen(bits);
   };
   static float a[16][16], b[16][256], d[16][256];
@@ -263,11 +268,15 @@ void multiply(void* data) {
         }
       }
     }
-    const Descriptor at(p.b);  // MN-major: eight of K a group, 64 columns a panel
+  }
+  const auto mn_major = [&](const Descriptor& at, int k, int n) {  // eight of K a group, 64 columns a panel
+    return half_at(at.start + n / 64 * at.leading + n % 64 * 2 + k / 8 * at.stride + k % 8 * 128);
+  };
+  if (p.from_registers || p.left_transposed) {
+    const Descriptor at(p.b);
     for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < p.columns; ++n) {
-        b[k][n] = half_at(at.start + n / 64 * at.leading + n % 64 * 2 + k / 8 * at.stride + k % 8 * 128);
-      }
+      for (int n = 0; n < p.columns; ++n) b[k][n] = mn_major(at, k, n);
+      for (int m = 0; m < 16 && p.left_transposed; ++m) a[m][k] = mn_major(Descriptor(p.a), k, int(16 * warp) + m);
     }
   } else {
     const Descriptor left(p.a), right(p.b);  // K-major: groups of eight rows
@@ -319,7 +328,7 @@ void wgmma_issue(const Product& p, float* d, const uint32_t* a_registers) {
   Issued& issued = *w.open[number - w.first];
   const Product& q = issued.product;
   if (p.b != q.b || p.columns != q.columns || p.accumulate != q.accumulate || p.from_registers != q.from_registers ||
-      (!p.from_registers && p.a != q.a)) {
+      p.left_transposed != q.left_transposed || (!p.from_registers && p.a != q.a)) {
     fail("wgmma: the lanes of a warpgroup issue different products");
   }
   Sums* sums = nullptr;

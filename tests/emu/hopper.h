@@ -21,12 +21,14 @@ void mbarrier_arrive(uint32_t barrier, int64_t expected_bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 void tensor_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, const int (&at)[4]);
 
-// One m64nNk16 product, `columns` N. `a` is a descriptor, or the lane's four registers where a_registers is not null.
-// `multiply` widens a half.
+uint32_t swizzled(uint32_t address);  // by 128 bytes
+
+// One m64nNk16 product, `columns` N. `a` is a descriptor, or the lane's four registers where a_registers is not null;
+// with left_transposed both operands are MN-major. `widen` widens a half.
 struct Product {
   uint64_t a, b;
   int columns;
-  bool accumulate, from_registers;
+  bool accumulate, from_registers, left_transposed;
   float (*widen)(uint16_t);
 };
 void wgmma_issue(const Product& product, float* d, const uint32_t* a_registers);

@@ -1,7 +1,7 @@
 // The names of csrc/cuda/ptx.cuh on the emulator.
 #pragma once
 
-#include "hopper.h"
+#include "proxy.h"
 
 namespace fastgpt::ptx {
 
@@ -57,6 +57,30 @@ inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t row) {
   LdMatrix argument{static_cast<uint16_t*>(emu::shared_pointer(row, 16, 16, "ldmatrix.trans")), r};
   emu::was_read(argument.row, 16);
   emu::warp_meet(0xffffffffu, "ldmatrix.trans", &argument, ldmatrix_execute<true>);
+}
+
+struct StMatrix {
+  unsigned char* row;
+  const uint32_t* values;
+};
+
+inline void stmatrix_execute(void* const* lanes, unsigned mask) {
+  if (mask != 0xffffffffu) emu::fail("stmatrix with mask %08x", mask);
+  for (int m = 0; m < 4; ++m) {
+    unsigned banks = 0;  // of 16 bytes
+    for (int i = 0; i < 8; ++i) {
+      unsigned char* row = static_cast<StMatrix*>(lanes[8 * m + i])->row;
+      banks |= 1u << (emu::shared_address(row) / 16 % 8);
+      for (int l = 0; l < 4; ++l) memcpy(row + 4 * l, &static_cast<StMatrix*>(lanes[4 * i + l])->values[m], 4);
+    }
+    if (banks != 0xff) emu::fail("stmatrix: rows of matrix %d lie in the same banks", m);
+  }
+}
+
+inline void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) {
+  StMatrix argument{static_cast<unsigned char*>(emu::shared_pointer(row, 16, 16, "stmatrix")), r};
+  emu::wrote(argument.row, 16);
+  emu::warp_meet(0xffffffffu, "stmatrix", &argument, stmatrix_execute);
 }
 
 template <class T>
@@ -123,6 +147,22 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) { emu::mbarrier_wai
 inline void tensor_load_4d(uint32_t shared, const void* map, uint32_t barrier, int x, int y, int z, int w) {
   emu::tensor_load(shared, *static_cast<const CUtensorMap*>(map), barrier, {x, y, z, w});
 }
+inline void tensor_store_4d(const void* map, uint32_t shared, int x, int y, int z, int w) {
+  emu::tensor_store(*static_cast<const CUtensorMap*>(map), shared, {x, y, z, w});
+}
+inline void bulk_add_float(float* global, uint32_t shared, uint32_t bytes) {
+  emu::bulk_add_float(global, shared, bytes);
+}
+inline void bulk_commit() { emu::bulk_commit(); }
+template <int kInFlight>
+void bulk_wait_read() {
+  emu::bulk_wait(kInFlight);
+}
+template <int kInFlight>
+void bulk_wait() {
+  emu::bulk_wait(kInFlight);
+}
+inline void fence_proxy_async() { emu::fence_proxy_async(); }
 inline void prefetch_tensor_map(const void*) {}
 inline void named_barrier_sync(int id, int threads) { emu::barrier_sync(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { emu::barrier_arrive(id, threads); }
@@ -154,12 +194,17 @@ float widen(uint16_t bits) {
 
 template <class T, int kColumns>
 void wgmma_ss(float (&d)[kColumns / 2], uint64_t a, uint64_t b, int accumulate) {
-  emu::wgmma_issue({a, b, kColumns, accumulate != 0, false, widen<T>}, d, nullptr);
+  emu::wgmma_issue({a, b, kColumns, accumulate != 0, false, false, widen<T>}, d, nullptr);
 }
 
 template <class T, int kColumns>
 void wgmma_rs(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-  emu::wgmma_issue({0, b, kColumns, accumulate != 0, true, widen<T>}, d, a);
+  emu::wgmma_issue({0, b, kColumns, accumulate != 0, true, false, widen<T>}, d, a);
+}
+
+template <class T, int kColumns>
+void wgmma_tt(float (&d)[kColumns / 2], uint64_t a, uint64_t b, int accumulate) {
+  emu::wgmma_issue({a, b, kColumns, accumulate != 0, false, true, widen<T>}, d, nullptr);
 }
 
 }  // namespace fastgpt::ptx
