@@ -77,13 +77,14 @@ _Stride = tuple[int, ...]  # of batch, head and row, in elements
 
 def attention(
     chip: int, type: int, query: int, query_stride: _Stride, key: int, key_stride: _Stride, value: int, value_stride: _Stride,
-    out: int, out_stride: _Stride, lse: int, sizes: tuple[int, ...], scale: float, causal: bool, stream: int,
+    out: int, out_stride: _Stride, lse: int, sizes: tuple[int, ...], scale: float, causal: bool,
+    options: tuple[int | float, ...], stream: int,
 ) -> None: ...  # fmt: skip
 def attention_backward(
     chip: int, type: int, query: int, query_stride: _Stride, key: int, key_stride: _Stride, value: int, value_stride: _Stride,
-    out: int, out_stride: _Stride, lse: int, sizes: tuple[int, ...], scale: float, causal: bool, grad: int, grad_stride: _Stride,
-    grad_query: int, grad_query_stride: _Stride, grad_key: int, grad_key_stride: _Stride, grad_value: int,
-    grad_value_stride: _Stride, delta: int, stream: int,
+    out: int, out_stride: _Stride, lse: int, sizes: tuple[int, ...], scale: float, causal: bool,
+    options: tuple[int | float, ...], grad: int, grad_stride: _Stride, grad_query: int, grad_query_stride: _Stride,
+    grad_key: int, grad_key_stride: _Stride, grad_value: int, grad_value_stride: _Stride, delta: int, sums: int, stream: int,
 ) -> None: ...  # fmt: skip
 def attention_decode(
     type: int, query: int, query_stride: _Stride, key: int, key_stride: _Stride, value: int, value_stride: _Stride, out: int,

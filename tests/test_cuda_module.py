@@ -12,6 +12,7 @@ no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="the addresses 
 pytestmark = [needs_build, no_device]
 
 ROW = (64, 64, 64)
+PLAIN = (-1, -1, 0, 0, 0, 0, 0, 0, 1.0)
 TENSORS = (16, ROW, 16, ROW, 16, ROW, 16, ROW, 16)
 
 
@@ -20,13 +21,18 @@ def sizes(heads: int = 1, dim: int = 64) -> tuple[int, ...]:
 
 
 def attention(
-    chip: int = 80, type: int = 1, tensors: tuple = TENSORS, of: tuple = sizes(), backward: bool = False
+    chip: int = 80,
+    type: int = 1,
+    tensors: tuple = TENSORS,
+    of: tuple = sizes(),
+    options: tuple = PLAIN,
+    backward: bool = False,
 ) -> None:
     from fastgpt import _cuda
 
-    grads = (16, ROW, 16, ROW, 16, ROW, 16, ROW, 16) if backward else ()
+    grads = (16, ROW, 16, ROW, 16, ROW, 16, ROW, 16, 0) if backward else ()
     function = _cuda.attention_backward if backward else _cuda.attention
-    function(chip, type, *tensors, of, 1.0, True, *grads, 0)
+    function(chip, type, *tensors, of, 1.0, True, options, *grads, 0)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -37,6 +43,8 @@ def attention(
         ({"type": 0}, r"type: expected 1 \(bfloat16\) or 2 \(float16\), got 0"),
         ({"of": sizes(dim=80)}, "head_dim: expected 32, 64, 96 or 128, got 80"),
         ({"of": sizes(heads=0)}, "expected sizes of 1 and more"),
+        ({"options": (5, *PLAIN[1:])}, "options: windows, packed sequences and dropout are for chip 90"),
+        ({"chip": 90, "options": (-1, -1, 16, 16, 0, 16, 0, 0, 1.0)}, "packed sequences need a batch of 1"),
         ({"tensors": (16, ROW, 24, *TENSORS[3:])}, "key: rows must be 16-byte aligned"),
         (
             {"tensors": (*TENSORS[:5], (64, 64, 4), *TENSORS[6:])},

@@ -26,7 +26,8 @@ struct Params {
   int window_left = -1, window_right = -1;
   // Packed sequences, where first_queries is not null: `sequences` + 1 numbers each, that rise from 0 to queries and to
   // keys; sequence s has the rows from number s to the next. batch is 1, masks are aligned in each sequence. `plan` is
-  // scratch for the order of the tiles, plan_bytes() of attention_sm90_launch.cuh.
+  // scratch for the order of the tiles of queries and of keys: 4 + 2 (queries / 128 + keys / 128 + 2 sequences)
+  // numbers.
   const int *first_queries = nullptr, *first_keys = nullptr;
   int sequences = 0;
   int* plan = nullptr;

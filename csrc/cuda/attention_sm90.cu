@@ -3,6 +3,7 @@
 namespace fastgpt::cuda {
 
 void attention_sm90(Type type, const attention::Params& p, Stream stream) {
+  attention::check_sm90(p);
   int device = 0, multiprocessors = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {

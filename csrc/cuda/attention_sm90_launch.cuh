@@ -8,11 +8,6 @@
 
 namespace fastgpt::attention {
 
-// Bytes of Params::plan for forward and backward, whose tiles have 128 rows: a list of those of queries, one of keys.
-inline int64_t plan_bytes(const Params& p) {
-  return 4 * (plan_numbers(p.queries, p.sequences, 128) + plan_numbers(p.keys, p.sequences, 128));
-}
-
 // The order of tiles of kBlock rows (kKeys: keys; else queries) that walk in steps of kStep; `count` is how many there
 // are, or of packed sequences how many there may be, and then the list is made at `plan`.
 template <int kBlock, int kStep, bool kKeys>

@@ -30,7 +30,7 @@ inline Params backward_params(const emu::Arguments& a) {
 
 // What attention_sm90 alone takes, from argument `next` on: window_left, window_right, first_queries and first_keys
 // (int32; or null), sequences, plan, seed (or null), threshold, keep_factor.
-inline Params with_options(const emu::Arguments& a, Params p, int next) {
+inline Params with_options(const emu::Arguments& a, Params p, int& next) {
   p.window_left = a.integer(next++), p.window_right = a.integer(next++);
   p.first_queries = a.pointer<int>(next++), p.first_keys = a.pointer<int>(next++);
   p.sequences = a.integer(next++), p.plan = a.pointer<int>(next++);
@@ -39,8 +39,8 @@ inline Params with_options(const emu::Arguments& a, Params p, int next) {
 }
 
 // The arguments of the module's functions `attention` and `attention_backward` (csrc/python/cuda_attention.cpp), flat,
-// from the `next`th on, which moves past them.
-inline Params module_params(const emu::Arguments& a, bool backward, int& next) {
+// from the `next`th on, which moves past them; those of attention_decode have no options.
+inline Params module_params(const emu::Arguments& a, bool backward, int& next, bool with_module_options = false) {
   const auto strides = [&] {
     next += 3;
     return Strides{a.integer(next - 3), a.integer(next - 2), a.integer(next - 1)};
@@ -52,14 +52,15 @@ inline Params module_params(const emu::Arguments& a, bool backward, int& next) {
   p.lse = static_cast<float*>(pointer());
   for (int* size : {&p.batch, &p.heads, &p.kv_heads, &p.queries, &p.keys, &p.dim}) *size = a.integer(next++);
   p.scale = a.number(next++), p.causal = a.integer(next++);
+  if (with_module_options) p = with_options(a, p, next);
   if (!backward) return p;
   p.grad = pointer(), p.grad_stride = strides(), p.grad_query = pointer(), p.grad_query_stride = strides();
   p.grad_key = pointer(), p.grad_key_stride = strides(), p.grad_value = pointer(), p.grad_value_stride = strides();
-  p.delta = static_cast<float*>(pointer());
+  p.delta = static_cast<float*>(pointer()), p.grad_query_sums = static_cast<float*>(pointer());
   return p;
 }
 
 inline Params module_params(const emu::Arguments& a, bool backward) {
   int next = 2;  // after the chip and the type
-  return module_params(a, backward, next);
+  return module_params(a, backward, next, true);
 }

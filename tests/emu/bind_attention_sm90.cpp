@@ -2,10 +2,14 @@
 #include "cuda/attention_sm90_launch.cuh"
 
 // After the common arguments: the number of multiprocessors, the grid's limit, then the options.
-static Params forward(const emu::Arguments& a) { return with_options(a, params(a), 14); }
+static Params forward(const emu::Arguments& a) {
+  int next = 14;
+  return with_options(a, params(a), next);
+}
 static Params backward(const emu::Arguments& a) {
-  Params p = with_options(a, backward_params(a), 19);
-  if (a.count > 28) p.grad_query_sums = a.pointer<float>(28);
+  int next = 19;
+  Params p = with_options(a, backward_params(a), next);
+  if (a.count > next) p.grad_query_sums = a.pointer<float>(next);
   return p;
 }
 // The floats of grad_query_sums: a tensor of one int64, then batch, heads, queries, dim, sequences (0: not packed).

@@ -95,6 +95,69 @@ def test_forward_and_backward_in_every_layout(
         assert_parity(mine, other, right, f"gradient of {name}")
 
 
+OFFSETS = torch.tensor([0, 13, 13, 40]), torch.tensor([0, 50, 51, 70])
+OPTIONS: dict[str, tuple[Any, ...]] = {  # the op's arguments after scale
+    "window": (False, 0.0, None, 9, 3),
+    "packed": (True, 0.0, None, -1, -1, 0.0, *OFFSETS, 27, 50),
+    "packed, 32 bits": (False, 0.0, None, 20, -1, 0.0, *(x.int() for x in OFFSETS), 27, 50),
+    "dropout": (True, 0.25, torch.tensor(77)),
+    "all": (True, 0.25, torch.tensor(-1), 30, -1, 0.0, *OFFSETS, 27, 50),
+}
+
+
+@pytest.mark.parametrize("way", ["deterministic", "fast"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_kernels_for_hopper(
+    calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, name: str, way: str
+) -> None:
+    monkeypatch.setenv("FASTGPT_CUDA_SM90", "1")
+    monkeypatch.setenv("FASTGPT_CUDA_SM90_BACKWARD", way)
+    causal, *rest = OPTIONS[name]
+    q, grad = (random(1, 4, 40, 64, dtype=torch.float16, seed=s) for s in (1, 4))
+    k, v = (random(1, 2, 70, 64, dtype=torch.float16, seed=s) for s in (2, 3))
+    out, lse = cuda_attention._attention(q, k, v, causal, 0.2, *rest)
+    gradients = cuda_attention._attention_backward(grad, q, k, v, out, lse, causal, 0.2, *rest)
+    assert calls == [("attention", 90), ("attention_backward", 90)]
+    wide_q, wide_k, wide_v = (x.double() for x in (q, k, v))
+    exact, exact_lse = reference.attention(wide_q, wide_k, wide_v, causal, 0.2, *rest)
+    exact_gradients = reference.attention_backward(
+        grad.double(), wide_q, wide_k, wide_v, exact, exact_lse, causal, 0.2, *rest
+    )
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    for mine, right in zip((out, *gradients), (exact, *exact_gradients), strict=True):
+        assert (mine.double() - right).abs().max() <= 2e-3 * right.abs().max()
+
+
+def test_the_way_to_the_gradient_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted, long, short in (("auto", True, False), ("fast", True, True), ("deterministic", False, False)):
+        monkeypatch.setenv("FASTGPT_CUDA_SM90_BACKWARD", wanted)
+        assert (cuda_attention.adds_grad_query(2049), cuda_attention.adds_grad_query(2048)) == (long, short)
+    monkeypatch.setenv("FASTGPT_CUDA_SM90_BACKWARD", "")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not cuda_attention.adds_grad_query(4096)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv("FASTGPT_CUDA_SM90_BACKWARD", "quick")
+    with pytest.raises(ValueError, match="expected auto, fast or deterministic"):
+        cuda_attention.adds_grad_query(1)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_without_the_kernels_for_hopper_go_to_the_next_engine(
+    calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("FASTGPT_CUDA_SM90", "0")
+    q, k = torch.zeros(1, 4, 40, 64).half(), torch.zeros(1, 2, 70, 64).half()
+    causal, *rest = OPTIONS[name]
+    with pytest.raises(backend.NotCovered, match="outside of attention_sm90"):
+        cuda_attention._attention(q, k, k, causal, 1.0, *rest)
+    monkeypatch.setenv("FASTGPT_CUDA_SM90", "1")
+    with pytest.raises(backend.NotCovered, match="a soft cap"):
+        cuda_attention._attention(q, k, k, causal, 1.0, 0.0, None, -1, -1, 30.0)
+    assert calls == []
+
+
 def test_results_have_the_layout_that_the_op_promises(calls: list[tuple[str, int]]) -> None:
     q = random(2, 3, 17, 32, dtype=torch.bfloat16)
     out, lse = cuda_attention._attention(q, q, q, False, 0.2)
@@ -129,7 +192,7 @@ def test_what_no_kernel_takes_goes_to_the_next_engine(
     options: dict[str, Any] = {"dim": 64, "dtype": torch.bfloat16, "scale": 1.0, "dropout_p": 0.0, "time": 20} | change
     q = torch.zeros(1, 2, options["time"], options["dim"], dtype=options["dtype"])
     with pytest.raises(backend.NotCovered, match=reason):
-        cuda_attention._attention(q, q, q, True, options["scale"], options["dropout_p"])
+        cuda_attention._attention(q, q, q, True, options["scale"], options["dropout_p"], torch.tensor(1))
     assert calls == []
 
 

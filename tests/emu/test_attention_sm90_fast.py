@@ -13,7 +13,7 @@ from emu.test_attention_sm90 import DROPOUT, PACKED, WINDOWS, check
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
 
-BACKWARD, HOPPER, MASK, SUMS = (
+BACKWARD, HOPPER, MASK, PIECES = (
     "attention_sm90_backward.cuh", "hopper.cuh", "attention_mask.cuh", "attention_sm90_grad_query.cuh"
 )  # fmt: skip
 BUGS = [
@@ -31,7 +31,7 @@ BUGS = [
     Bug("dS without the swizzle", HOPPER, "(2 * (first + k) + lane / 16) ^ mine % 8", "2 * (first + k) + lane / 16", expression=True),
     Bug("A does not advance", HOPPER, "mn_major(a, kInner, 16 * k)", "mn_major(a, kInner, 0)", expression=True),
     Bug("keys of the next sequence add to dQ", MASK, "if (rows.begin >= keys) return {0, 0};", ";"),
-    Bug("packed: pieces of two sequences overlap", SUMS, "s.first_query / kSumRows + sequence", "s.first_query / kSumRows", expression=True),
+    Bug("pieces of two sequences overlap", PIECES, "kSumRows + sequence", "kSumRows", expression=True),
 ]  # fmt: skip
 CASES = [
     Case(128, 128),
