@@ -189,10 +189,23 @@ def test_encoder_layer_with_dropout_padding_copies_and_stacks() -> None:
     torch.testing.assert_close(compiled(x), ours(x))
 
 
+def test_one_thread_leaves_more_weights_to_torch() -> None:
+    weight, before = torch.empty(1024, 1024), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert not fallback.is_small_weight(weight)
+        torch.set_num_threads(1)
+        assert fallback.is_small_weight(weight)
+        assert not fallback.is_small_weight(weight.expand(9, 1024, 1024))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(engine_of("linear")[0] != "cpu", reason="a few rows are taken only where the CPU engine runs")
 def test_linear_takes_a_few_rows_itself_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = both("Linear", 32, 7)
-    monkeypatch.setitem(fallback.SMALLEST, "weight", 0)
+    for limit in ("weight", "weight, one thread"):
+        monkeypatch.setitem(fallback.SMALLEST, limit, 0)
     x = torch.randn(8, 32)
     want, wants = theirs(x), theirs(x.repeat(2, 1))
     with torch.no_grad():

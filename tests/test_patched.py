@@ -47,7 +47,8 @@ def test_numbers_are_torch_s(name: str, dtype: torch.dtype) -> None:
 
 
 def test_linear_is_ours_for_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fallback.SMALLEST, "weight", 0)
+    for limit in ("weight", "weight, one thread"):
+        monkeypatch.setitem(fallback.SMALLEST, limit, 0)
     x, w = random(3, 8), random(5, 8, seed=1)
     with torch.no_grad(), fastgpt.patched():
         assert torch.equal(F.linear(x, w), ops.linear(x, w))

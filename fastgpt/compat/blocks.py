@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.compat.masks import is_causal_only
-from fastgpt.nn.fallback import is_small
+from fastgpt.nn.fallback import is_small, is_small_weight
 from fastgpt.nn.linear import reads_few_rows
 from fastgpt.ops.transformer_block import covers, transformer_block_with_qkv
 
@@ -94,7 +94,7 @@ class Conv1DPart(torch.nn.Module):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if reads_few_rows(x) and not is_small(self.weight, "weight"):
+        if reads_few_rows(x) and not is_small_weight(self.weight):
             return ops.linear(x, self.weight.t(), self.bias)
         y: Tensor = super().forward(x)
         return y

@@ -10,6 +10,7 @@ own sdpa does; this is logged once. (Dropout of a model given to `fastgpt.accele
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ def _log_once(what: str) -> None:
     _log.info("attention with %s is computed by transformers' sdpa", what)
 
 
+@functools.cache
+def _sdpa() -> Callable[..., tuple[torch.Tensor, None]]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -40,9 +48,17 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query (B, H, T, D), key and value (B, H_kv, T_k, D) to (B, T, H, D), None."""
-    what = None
-    if is_causal_only(attention_mask, query.shape[2]) and query.shape[2] == key.shape[2]:
+    theirs = functools.partial(
+        _sdpa(), module, query, key, value, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    queries = query.shape[2]
+    if (
+        queries == 1 and query.dtype == torch.float32 and is_small(key, "cache")
+    ):  # a token of a small model: every us counts
+        return theirs(attention_mask=attention_mask)
+    if attention_mask is not None and queries == key.shape[2] and is_causal_only(attention_mask, queries):
         attention_mask, is_causal = None, True
+    what = None
     if attention_mask is not None:
         what = "a mask"
     elif dropout and not isinstance(getattr(module, "attn_dropout", None), DropoutPart):  # made ours by `accelerate`
@@ -51,27 +67,12 @@ def attention_forward(
         what = "a position bias, a soft cap or a paged cache"
     elif key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.dtype != key.dtype:
         what = "keys and values of different kinds"
-    few = query.shape[2] == 1 and query.dtype == torch.float32 and is_small(key, "cache")
-    if what is not None or few:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        if what is not None:
-            _log_once(what)
-        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
-        return result
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
+    if what is not None:
+        _log_once(what)
+        return theirs(attention_mask=attention_mask)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and queries > 1
     if causal:  # keys behind the last query (a cache of a fixed size, not full yet) are seen by none
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        key, value = key[:, :, :queries], value[:, :, :queries]
     y = ops.attention(query, key, value, is_causal=causal, scale=scaling, dropout_p=dropout)  # (B, H, T, D)
     return y.transpose(1, 2), None
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import functional, ops
-from fastgpt.nn.fallback import is_small, or_torch
+from fastgpt.nn.fallback import is_small_weight, or_torch
 from fastgpt.nn.linear import reads_few_rows
 from fastgpt.nn.modules import class_loss
 
@@ -75,7 +75,7 @@ def _cross_entropy(
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not reads_few_rows(input) or weight.dim() != 2 or weight.dtype != input.dtype or is_small(weight, "weight"):
+    if not reads_few_rows(input) or weight.dim() != 2 or weight.dtype != input.dtype or is_small_weight(weight):
         raise _NotOurs
     return ops.linear(input, weight, bias)
 

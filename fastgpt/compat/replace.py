@@ -34,6 +34,7 @@ _LEFT = {
 _FEW = f"torch's on the CPU below {SMALLEST['pointwise']:,} numbers a call"
 _TORCHS: dict[type[Any], str] = {
     parts.UnlessSmallPart: _FEW,
+    parts.RMSNormPart: f"as before on the CPU below {SMALLEST['rms_norm']:,} numbers a call",
     parts.DropoutPart: f"masks of our generator; {_FEW}",
     parts.LayerNormPart: _FEW,
     parts.GatedMLPPart: _FEW,
@@ -41,8 +42,8 @@ _TORCHS: dict[type[Any], str] = {
     parts.Conv1DPart: "as before but for up to 8 float32 rows without gradients on the CPU",
     nn.MultiheadAttention: f"torch's with masks, need_weights=True, and on the CPU below {SMALLEST['layer']:,} numbers a call",
     nn.TransformerEncoderLayer: f"torch's with masks, and on the CPU below {SMALLEST['layer']:,} numbers a call",
-    parts.BlockPart: "its parts on a GPU",
-    parts.GPT2BlockPart: "its parts on a GPU, with a mask over a whole text, a head mask, cross-attention or hooks",
+    parts.BlockPart: "part by part on a GPU and with hooks",
+    parts.GPT2BlockPart: "part by part on a GPU, with a mask over a whole text, a head mask, cross-attention or hooks",
     parts.CausalLMPart: "as before in evaluation mode and without labels",
     parts.FusedGPTPart: "its optimizer fused, head and loss in one op in training",
     parts.GPTPart: "its optimizer fused, the rest as before",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops
-from fastgpt.nn.fallback import is_small, log_fallback
+from fastgpt.nn.fallback import is_small_weight, log_fallback
 from fastgpt.ops.transformer_block import covers
 
 FEW_ROWS = 8  # up to here the CPU engine reads a linear layer's weights once and packs nothing
@@ -44,7 +44,7 @@ class Linear(torch.nn.Linear):
             reads_few_rows(input)
             and self.weight.dtype == input.dtype
             and input.shape[-1] == self.in_features
-            and not is_small(self.weight, "weight")
+            and not is_small_weight(self.weight)
         ):
             return ops.linear(input, self.weight, self.bias)
         return super().forward(input)
