@@ -5,6 +5,8 @@
 //   - within a warpgroup S(j + 1) = Q K^T and P(j) V are both issued before the softmax of S(j + 1) begins;
 //   - the warpgroups take turns at issuing, by named barriers, so that one multiplies while the other takes
 //   exponentials.
+// O leaves by the copy engine too, a warp's 16 rows at a time.
+//
 // Keys go from the last that a tile sees to the first, so only the first steps need a mask; rows past the end of a head
 // come as zeros from the copies.
 //
@@ -31,7 +33,8 @@ struct Sm90Forward {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kQueryBytes = BLOCK_M * kDim * 2, kStageBytes = BLOCK_N * kDim * 2;
   static constexpr int kBarrierBytes = 8 * (2 + 4 * kStages);
-  static constexpr int kSharedBytes = 1024 + kQueryBytes + 2 * kStages * kStageBytes + kBarrierBytes;  // 1024: to align
+  // Q and the tile by which O leaves, the rings of K and V; 1024: to align.
+  static constexpr int kSharedBytes = 1024 + 2 * kQueryBytes + 2 * kStages * kStageBytes + kBarrierBytes;
 };
 
 // The tiles and barriers of a block, as addresses of shared memory.
@@ -40,8 +43,9 @@ struct Sm90ForwardMemory {
   using Shape = Sm90Forward<kDim>;
   uint32_t base;
   __device__ __forceinline__ uint32_t query() const { return base; }
+  __device__ __forceinline__ uint32_t out() const { return base + Shape::kQueryBytes; }
   __device__ __forceinline__ uint32_t key(int stage) const {
-    return base + Shape::kQueryBytes + stage * Shape::kStageBytes;
+    return base + 2 * Shape::kQueryBytes + stage * Shape::kStageBytes;
   }
   __device__ __forceinline__ uint32_t value(int stage) const { return key(Shape::kStages + stage); }
   __device__ __forceinline__ uint32_t barriers() const { return key(2 * Shape::kStages); }
@@ -94,6 +98,38 @@ __device__ __forceinline__ void store_sums(T* matrix, int64_t stride, int row, i
   }
 }
 
+// A warp's 16 rows of O, `row` the first of them in the tile, by way of its part of shared memory, which the store of
+// its tile before may still be reading. Rows past the tensor's end are not written.
+template <class T, int kDim>
+__device__ __forceinline__ void store_out(const CUtensorMap& map, uint32_t tile, int row, const float (&out)[kDim / 2],
+                                          const float (&factor)[2], int first, int head, int batch) {
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) ptx::bulk_wait_read<0>();  // the others meet it at the first stmatrix
+#pragma unroll
+  for (int panel = 0; panel < kDim / 64; ++panel) {
+    uint32_t rows[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int i = 8 * (4 * panel + k) + 2 * r;
+        rows[k][r] = ptx::pack<T>(out[i] * factor[r % 2], out[i + 1] * factor[r % 2]);
+      }
+    }
+    hopper::store_left(tile + panel * Sm90Forward<kDim>::BLOCK_M * hopper::kPanelRowBytes, row, rows);
+  }
+  ptx::fence_proxy_async();  // of O
+  __syncwarp();              // written
+  if (lane == 0) {
+#pragma unroll
+    for (int panel = 0; panel < kDim / 64; ++panel) {
+      const int at = panel * Sm90Forward<kDim>::BLOCK_M + row;
+      ptx::tensor_store_4d(&map, tile + at * hopper::kPanelRowBytes, 64 * panel, first, head, batch);
+    }
+    ptx::bulk_commit();
+  }
+}
+
 template <int kDim>
 __device__ __forceinline__ void attention_fwd_sm90_produce(const CUtensorMap& q_map, const CUtensorMap& k_map,
                                                            const CUtensorMap& v_map, const Params& p,
@@ -133,8 +169,9 @@ __device__ __forceinline__ void attention_fwd_sm90_produce(const CUtensorMap& q_
 }
 
 template <class T, int kDim, bool kDropout>
-__device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, const Schedule& schedule,
-                                                           Sm90ForwardMemory<kDim> memory, int consumer) {
+__device__ __forceinline__ void attention_fwd_sm90_consume(const CUtensorMap& out_map, const Params& p,
+                                                           const Schedule& schedule, Sm90ForwardMemory<kDim> memory,
+                                                           int consumer) {
   using Shape = Sm90Forward<kDim>;
   constexpr int BLOCK_M = Shape::BLOCK_M, BLOCK_N = Shape::BLOCK_N;
   const int lane = threadIdx.x % 32, warp_row = 64 * consumer + threadIdx.x % 128 / 32 * 16;
@@ -249,18 +286,25 @@ __device__ __forceinline__ void attention_fwd_sm90_consume(const Params& p, cons
         p.lse[(static_cast<int64_t>(s.batch) * p.heads + tile.head) * p.queries + s.first_query + row + 8 * half] = lse;
       }
     }
+    // The copy engine cuts off what is past the end of the tensor, not of a sequence that others follow.
+    if (p.first_queries == nullptr || first_query + warp_row + 16 <= s.queries) {
+      store_out<T, kDim>(out_map, memory.out(), warp_row, out, inverse, s.first_query + (first_query + warp_row),
+                         tile.head, s.batch);
+      continue;
+    }
     T* result = static_cast<T*>(p.out) + s.batch * p.out_stride.batch + tile.head * p.out_stride.head +
                 s.first_query * p.out_stride.row;
     store_sums(result, p.out_stride.row, row, s.queries, out, inverse[0], inverse[1]);
   }
+  if (lane == 0) ptx::bulk_wait<0>();                        // shared memory is read until then
   if (consumer == 0) ptx::named_barrier_sync(my_turn, 256);  // the turn that the other gave last
 }
 
 template <class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(Sm90Forward<kDim>::kThreads, 1)
     attention_fwd_sm90_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                              const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Params p,
-                              const __grid_constant__ Schedule schedule) {
+                              const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
+                              const __grid_constant__ Params p, const __grid_constant__ Schedule schedule) {
   using Shape = Sm90Forward<kDim>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const Sm90ForwardMemory<kDim> memory{(ptx::shared_address(shared) + 1023) & ~1023u};
@@ -282,7 +326,7 @@ __global__ void __launch_bounds__(Sm90Forward<kDim>::kThreads, 1)
     if (threadIdx.x == 0) attention_fwd_sm90_produce<kDim>(q_map, k_map, v_map, p, schedule, memory);
   } else {
     ptx::registers_increase<Shape::kConsumerRegisters>();
-    attention_fwd_sm90_consume<T, kDim, kDropout>(p, schedule, memory, warpgroup - 1);
+    attention_fwd_sm90_consume<T, kDim, kDropout>(out_map, p, schedule, memory, warpgroup - 1);
   }
 }
 

@@ -39,7 +39,8 @@ void launch_attention_fwd_sm90(const Params& p, int multiprocessors, cudaStream_
                dim3(Shape::kThreads), Shape::kSharedBytes, stream,
                map("query", p.query, p.query_stride, p.queries, p.heads, Shape::BLOCK_M),
                map("key", p.key, p.key_stride, p.keys, p.kv_heads, Shape::BLOCK_N),
-               map("value", p.value, p.value_stride, p.keys, p.kv_heads, Shape::BLOCK_N), p, schedule);
+               map("value", p.value, p.value_stride, p.keys, p.kv_heads, Shape::BLOCK_N),
+               map("out", p.out, p.out_stride, p.queries, p.heads, 16), p, schedule);
 }
 
 // Calls f with the head size and whether there is dropout, both as types.

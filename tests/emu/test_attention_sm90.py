@@ -133,7 +133,21 @@ BUGS = [
     Bug("dropout: the factor left out", KERNEL, "(kDropout ? p.keep_factor : 1.0f)", "1.0f", expression=True),
     Bug("dropout: dP without the factor", BACKWARD, "drop(ds, kept, p.keep_factor);", "drop(ds, kept, 1.0f);"),
     Bug("dropout: dV of what is dropped", BACKWARD, "drop(scores, kept, 1.0f);", ";"),
+    Bug("O is not sent to the async proxy", KERNEL, "ptx::fence_proxy_async();  // of O", ";"),
+    Bug("O's part is overwritten while it is read", KERNEL, "if (lane == 0) ptx::bulk_wait_read<0>();", ";"),
+    Bug("O is in no group", KERNEL, "ptx::bulk_commit();", ";"),
+    Bug("the block ends while it stores", KERNEL, "if (lane == 0) ptx::bulk_wait<0>();", ";"),
+    Bug(
+        "packed: O over the next sequence's",
+        KERNEL,
+        "first_query + warp_row + 16 <= s.queries",
+        "true",
+        expression=True,
+    ),
     Bug("registers that are not there", KERNEL, "ptx::registers_decrease<Shape::kProducerRegisters>();", ";"),
+]
+ORDER_BUGS = [  # right values in the emulation: a warp meets at stmatrix
+    Bug("O is stored before it is written", KERNEL, "__syncwarp();              // written", ";"),
 ]
 PLAN_BUGS = [
     Bug("plan: shortest first", SCHEDULE, "kPlanThreads - 1 - (steps >> shift)", "steps >> shift", expression=True),
@@ -187,7 +201,7 @@ BROKEN = {  # by the first word of a bug's name
 
 @pytest.fixture(scope="module")
 def emulator() -> Emulator:
-    return Emulator("attention_sm90", BUGS + PLAN_BUGS)
+    return Emulator("attention_sm90", BUGS + PLAN_BUGS + ORDER_BUGS)
 
 
 def tiles(rows: int, sequences: int) -> int:
@@ -439,6 +453,12 @@ def test_planted_bugs_are_caught(emulator: Emulator, bug: str) -> None:
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_no_sanitizer_reports(emulator: Emulator, sanitizer: str) -> None:
     check(emulator, Case(150, 300, causal=True), sanitizer=sanitizer)
+
+
+@pytest.mark.parametrize("bug", [bug.name for bug in ORDER_BUGS])
+def test_missing_order_is_seen_by_threadsanitizer(emulator: Emulator, bug: str) -> None:
+    with pytest.raises(EmulationError, match="data race"):
+        check(emulator, Case(60, 60), sanitizer="thread", bug=bug)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ BUGS = [
     Bug("dS without the swizzle", HOPPER, "(2 * (first + k) + lane / 16) ^ mine % 8", "2 * (first + k) + lane / 16", expression=True),
     Bug("A does not advance", HOPPER, "mn_major(a, kInner, 16 * k)", "mn_major(a, kInner, 0)", expression=True),
     Bug("keys of the next sequence add to dQ", MASK, "if (rows.begin >= keys) return {0, 0};", ";"),
-    Bug("pieces of two sequences overlap", PIECES, "kSumRows + sequence", "kSumRows", expression=True),
+    Bug("pieces overlap", PIECES, "s.first_query / kSumRows + sequence", "s.first_query / kSumRows", expression=True),
 ]  # fmt: skip
 CASES = [
     Case(128, 128),
