@@ -84,6 +84,24 @@ def test_large_batches_on_threads_equal_one_thread(tokenizer: Tokenizer) -> None
         assert offsets.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
 
 
+def test_arrays_that_live_share_no_memory() -> None:
+    # Large buffers are used again when their arrays are gone: more of them, and of other sizes, than are kept.
+    bytes_only = Tokenizer({bytes([byte]): byte for byte in range(256)})
+    texts = [chr(ord("a") + i) * 600_000 for i in range(6)]
+    for threads in (1, 2):
+        live = [
+            bytes_only.encode_ordinary_batch_numpy([text] * (1 + i), num_threads=threads)[0]
+            for i, text in enumerate(texts)
+        ]
+        for i in (1, 3, 4):
+            live[i] = live[0]
+        for i in (4, 1, 3):
+            live[i] = bytes_only.encode_ordinary_batch_numpy([texts[i]] * (1 + i), num_threads=threads)[0]
+        for i, ids in enumerate(live):
+            assert ids.size == 600_000 * (1 + i)
+            assert np.all(ids == ord("a") + i)
+
+
 def test_special_tokens(tokenizer: Tokenizer) -> None:
     text = "a<|endoftext|>b<|end|><|endoftext|>"
     eot, end = tokenizer.special_tokens["<|endoftext|>"], tokenizer.special_tokens["<|end|>"]

@@ -1,15 +1,11 @@
 #include "bpe/encoder.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <exception>
-#include <limits>
 #include <new>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
-
-#include "bpe/pages.h"
 
 namespace fastgpt::bpe {
 namespace {
@@ -31,34 +27,6 @@ std::logic_error no_pattern() {
 const uint8_t* as_bytes(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
 
 }  // namespace
-
-IdBuffer::~IdBuffer() { std::free(data_); }
-
-void IdBuffer::reserve_more(size_t more) {
-  if (more <= capacity_ - size_) return;
-  const size_t wanted = std::max(size_ + more, capacity_ + capacity_ / 2);
-  if (wanted > std::numeric_limits<size_t>::max() / sizeof(uint32_t)) throw std::bad_alloc();
-  void* const memory = std::realloc(data_, wanted * sizeof(uint32_t));
-  if (!memory) throw std::bad_alloc();
-  data_ = static_cast<uint32_t*>(memory);
-  capacity_ = wanted;
-  wish_large_pages(data_ + size_, (capacity_ - size_) * sizeof(uint32_t));
-}
-
-void IdBuffer::shrink() {
-  if (size_ == capacity_ || !data_) return;
-  void* const memory = std::realloc(data_, std::max<size_t>(size_, 1) * sizeof(uint32_t));
-  if (!memory) return;  // the larger block stays
-  data_ = static_cast<uint32_t*>(memory);
-  capacity_ = std::max<size_t>(size_, 1);
-}
-
-uint32_t* IdBuffer::release() {
-  uint32_t* const memory = data_;
-  data_ = nullptr;
-  size_ = capacity_ = 0;
-  return memory;
-}
 
 struct Encoder::Worker {
   explicit Worker(uint32_t id_limit) : cache(id_limit) {}

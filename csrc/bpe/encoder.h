@@ -15,51 +15,15 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
+#include "bpe/id_buffer.h"
 #include "bpe/merge.h"
 #include "bpe/scanner.h"
 #include "bpe/vocabulary.h"
 #include "bpe/word_cache.h"
 
 namespace fastgpt::bpe {
-
-// Ids in memory from malloc, grown without being initialised: pages that are never written cost nothing.
-class IdBuffer {
- public:
-  IdBuffer() = default;
-  IdBuffer(const IdBuffer&) = delete;
-  IdBuffer& operator=(const IdBuffer&) = delete;
-  IdBuffer(IdBuffer&& other) noexcept { swap(other); }
-  IdBuffer& operator=(IdBuffer&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~IdBuffer();
-
-  uint32_t* data() { return data_; }
-  const uint32_t* data() const { return data_; }
-  size_t size() const { return size_; }
-  void set_size(size_t size) { size_ = size; }
-  void clear() { size_ = 0; }
-  void reserve_more(size_t more);  // room for that many ids after size(); throws std::bad_alloc
-  void push_back(uint32_t id) {
-    reserve_more(1);
-    data_[size_++] = id;
-  }
-  void shrink();        // gives unused memory back
-  uint32_t* release();  // the memory, to be freed with free(); may be null
-
- private:
-  void swap(IdBuffer& other) {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    std::swap(capacity_, other.capacity_);
-  }
-  uint32_t* data_ = nullptr;
-  size_t size_ = 0, capacity_ = 0;
-};
 
 class Encoder {
  public:

@@ -7,7 +7,6 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -78,10 +77,12 @@ class Bytes {
 
 Ids to_numpy(IdBuffer& ids) {
   ids.shrink();
-  const size_t size = ids.size();
-  uint32_t* const memory = ids.release();
-  if (!memory) return Ids(0);
-  return Ids({size}, {sizeof(uint32_t)}, memory, py::capsule(memory, [](void* p) { std::free(p); }));
+  if (!ids.size()) return Ids(0);
+  auto owner = std::make_unique<IdBuffer>(std::move(ids));
+  const IdBuffer& kept = *owner;
+  const py::capsule capsule(owner.get(), [](void* p) { delete static_cast<IdBuffer*>(p); });
+  owner.release();
+  return Ids({kept.size()}, {sizeof(uint32_t)}, kept.data(), capsule);
 }
 
 py::array_t<uint64_t> to_numpy(const std::vector<uint64_t>& values) {
