@@ -4,8 +4,8 @@
     fastgpt bench softmax attention     some
     fastgpt bench --quick               a few calls of everything, to see that it runs; writes nothing unless --out is given
 
-`bench_<name>.py` is one benchmark, harness.py how all are timed, record.py what is written, plot.py how it is drawn, raw.py fastgpt's
-kernels on preallocated results, plain_gpt.py the model in plain torch that the training step is compared with.
+`bench_<name>.py` is one benchmark, harness.py and variants.py how all are timed, record.py what is written, plot.py how it is drawn,
+raw.py fastgpt's kernels on preallocated results, plain_gpt.py the model in plain torch that the training step is compared with.
 
 The folder is both `benchmarks` in a checkout and `fastgpt.benchmarks` where installed, so its modules import each other relatively.
 """

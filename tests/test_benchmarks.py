@@ -24,7 +24,19 @@ pytest.importorskip("pytest_benchmark")
 from pytest_benchmark.stats import Metadata
 
 from fastgpt.benchmarks import harness, plain_gpt, plot, record, table
-from fastgpt.benchmarks.harness import DisagreementError, Variant, check, error_of, measure, ours
+from fastgpt.benchmarks.variants import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    QUICK_ROUNDS,
+    ROUND_S,
+    DisagreementError,
+    Variant,
+    check,
+    error_of,
+    measure,
+    ours,
+    time_round,
+)
 from fastgpt.model import GPT, GPTConfig
 
 
@@ -56,10 +68,10 @@ def test_times_are_a_calls_own_and_rounds_are_long_enough() -> None:
     fast, slow = measure(variants, statistics, timer=clock)
     assert fast.stats.median == pytest.approx(0.0005)
     assert slow.stats.median == pytest.approx(0.05)
-    assert fast.iterations * 0.0005 >= harness.ROUND_S
+    assert fast.iterations * 0.0005 >= ROUND_S
     assert slow.iterations == 1
     assert fast.stats.rounds == slow.stats.rounds
-    assert harness.MIN_ROUNDS <= fast.stats.rounds <= harness.MAX_ROUNDS
+    assert MIN_ROUNDS <= fast.stats.rounds <= MAX_ROUNDS
 
 
 def test_rounds_take_turns_and_begin_with_another_variant_each() -> None:
@@ -81,7 +93,7 @@ def test_garbage_collection_is_off_in_a_round_and_on_after_it() -> None:
     import gc
 
     seen = list[bool]()
-    harness.time_round(Variant("v", lambda: seen.append(gc.isenabled())), 2)
+    time_round(Variant("v", lambda: seen.append(gc.isenabled())), 2)
     assert seen == [False, False]
     assert gc.isenabled()
 
@@ -173,7 +185,7 @@ def test_a_result_file_holds_numbers_and_what_they_were_taken_on(tmp_path: Path)
     (case,) = result["cases"]
     assert [row["name"] for row in case["variants"]] == ["fastgpt", "torch eager"]
     for row in case["variants"]:
-        assert row["rounds"] == harness.QUICK_ROUNDS
+        assert row["rounds"] == QUICK_ROUNDS
         assert 0 < row["min_ms"] <= row["median_ms"]
         assert row["gb_per_s"] == pytest.approx(64 / row["median_ms"] / 1e6)
         assert row["gflop_per_s"] == pytest.approx(8 / row["median_ms"] / 1e6)
