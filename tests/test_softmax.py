@@ -101,6 +101,17 @@ def test_special_values(isa, dtype):
     assert_parity(ops.softmax(x), torch.softmax(x, -1), torch.softmax(x.double(), -1), "special values")
 
 
+@pytest.mark.parametrize("cols", [11, 64])
+def test_large_values_count_by_their_differences(isa, cols):
+    """Rows whose largest value is far beyond what a difference can be: all alike, and a few units apart."""
+    x = torch.full((3, cols), -1e30)
+    x[1] = 1e30
+    x[2] = 16777216.0 - 2.0 * torch.arange(cols)
+    assert_parity(ops.softmax(x), torch.softmax(x, -1), torch.softmax(x.double(), -1), "large")
+    scaled = ops.softmax(x[2] / 8.0, scale=8.0)
+    torch.testing.assert_close(scaled, torch.softmax(x[2], -1))
+
+
 def test_empty():
     assert ops.softmax(torch.empty(0, 5)).shape == (0, 5)
     assert ops.softmax(torch.empty(5, 0)).shape == (5, 0)

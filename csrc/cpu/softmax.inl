@@ -9,45 +9,74 @@
 // Rows up to this long are prefetched while the one before is computed; longer ones would push it out of L1.
 constexpr int64_t kPrefetchedRow = 4096;
 
-template <class T>
-INLINE void softmax_row(const T* x, const float* mask, T* y, float* row, int64_t seen, int64_t cols, float scale,
-                        bool past, const T* next) {
-  Vec most = splat(-std::numeric_limits<float>::infinity());
+constexpr float kFused = 1e6f;  // beyond it the rounding of m * factor would no longer be a factor near 1 of all terms
+
+// row_j = exp2(factor (v_j - m)), and their sum; `fused` rounds once: what m * factor loses is the same for all j.
+template <class T, bool kIsFused, class V>
+INLINE Vec softmax_exps(const V* v, float* row, int64_t seen, float m, float factor, const T* next) {
+  const Vec top = splat(m), offset = splat(-m * factor), by = splat(factor);
+  const auto term = [&](Vec x) __attribute__((always_inline)) {
+    return exp2_to<T>(kIsFused ? fma(x, by, offset) : (x - top) * by);
+  };
+  Vec total = {};
   int64_t j = 0;
   for (; j + kLanes <= seen; j += kLanes) {
-    Vec v = load(x + j) * scale;
-    if (mask != nullptr) v = v + load(mask + j);
-    store(row + j, v);
-    most = max(most, v);
-  }
-  int rest = static_cast<int>(seen - j);
-  if (rest > 0) {
-    Vec v = load_n(x + j, rest) * scale;
-    if (mask != nullptr) v = v + load_n(mask + j, rest);
-    store_n(row + j, v, rest);
-    most = max(most, load_n(row + j, rest, -std::numeric_limits<float>::infinity()));
-  }
-  const float m = max(most);
-
-  Vec total = {};
-  for (j = 0; j + kLanes <= seen; j += kLanes) {
-    if (next != nullptr) __builtin_prefetch(next + j);  // memory works while exp computes
-    Vec e = exp_to<T>(load(row + j) - m);
+    if (next != nullptr) __builtin_prefetch(next + j);  // memory works while exp2 computes
+    const Vec e = term(load(v + j));
     store(row + j, e);
     total = total + e;
   }
-  if (rest > 0) {
-    Vec e = exp_to<T>(load_n(row + j, rest, -std::numeric_limits<float>::infinity()) - m);
-    store_n(row + j, e, rest);
+  if (const int rest = static_cast<int>(seen - j); rest > 0) {
+    store_n(row + j, term(load_n(v + j, rest)), rest);
     total = total + load_n(row + j, rest);
   }
+  return total;
+}
+
+template <class T, class V>
+INLINE Vec softmax_exps(const V* v, float* row, int64_t seen, float m, float factor, const T* next) {
+  return std::fabs(m * factor) < kFused ? softmax_exps<T, true>(v, row, seen, m, factor, next)
+                                        : softmax_exps<T, false>(v, row, seen, m, factor, next);
+}
+
+template <class T>
+INLINE void softmax_row(const T* x, const float* mask, T* y, float* row, int64_t seen, int64_t cols, float scale,
+                        const T* next) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  const bool plain = mask == nullptr && scale > 0.0f;  // then the largest x is the largest v
+  Vec most = splat(kNone);
+  int64_t j = 0;
+  int rest;
+  if (plain) {
+    Vec others[3] = {most, most, most};
+    for (; j + 4 * kLanes <= seen; j += 4 * kLanes) {
+      most = max(most, load(x + j));
+      for (int k = 0; k < 3; ++k) others[k] = max(others[k], load(x + j + (k + 1) * kLanes));
+    }
+    most = max(max(most, others[0]), max(others[1], others[2]));
+    for (; j + kLanes <= seen; j += kLanes) most = max(most, load(x + j));
+    rest = static_cast<int>(seen - j);
+    if (rest > 0) most = max(most, load_n(x + j, rest, kNone));
+  } else {
+    for (; j + kLanes <= seen; j += kLanes) {
+      Vec v = load(x + j) * scale;
+      if (mask != nullptr) v = v + load(mask + j);
+      store(row + j, v);
+      most = max(most, v);
+    }
+    rest = static_cast<int>(seen - j);
+    if (rest > 0) {
+      Vec v = load_n(x + j, rest) * scale;
+      if (mask != nullptr) v = v + load_n(mask + j, rest);
+      store_n(row + j, v, rest);
+      most = max(most, load_n(row + j, rest, kNone));
+    }
+  }
+  const Vec total = plain ? softmax_exps<T>(x, row, seen, max(most), scale * kLog2E, next)
+                          : softmax_exps<T>(row, row, seen, max(most), kLog2E, next);
   const float inverse = seen > 0 ? 1.0f / sum(total) : std::numeric_limits<float>::quiet_NaN();
 
-  if (past && is_aligned(y)) {
-    for (j = 0; j + kLanes <= seen; j += kLanes) store_past(y + j, load(row + j) * inverse);
-  } else {
-    for (j = 0; j + kLanes <= seen; j += kLanes) store(y + j, load(row + j) * inverse);
-  }
+  for (j = 0; j + kLanes <= seen; j += kLanes) store(y + j, load(row + j) * inverse);
   if (rest > 0) store_n(y + j, load_n(row + j, rest) * inverse, rest);
   const T beyond = from_float<T>(inverse == inverse ? 0.0f : inverse);  // masked keys: exp(-inf - m) * inverse
   std::fill(y + seen, y + cols, beyond);
@@ -57,10 +86,9 @@ void softmax(const SoftmaxArgs& a, int threads) {
   const int64_t rows = a.batch * a.heads * a.queries;
   with_type(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const bool past = rows * a.cols * static_cast<int64_t>(sizeof(T)) >= kPastCaches && a.cols % kLanes == 0;
     parallel_for(rows, std::max<int64_t>(1, kGrain / 4 / std::max<int64_t>(1, a.cols)), threads,
                  [&](int64_t begin, int64_t end) {
-                   float* buffer = sizeof(T) == sizeof(float) && !past ? nullptr : scratch(a.cols);
+                   float* buffer = sizeof(T) == sizeof(float) ? nullptr : scratch(a.cols);
                    for (int64_t r = begin; r < end; ++r) {
                      const int64_t query = r % a.queries, head = r / a.queries % a.heads,
                                    batch = r / a.queries / a.heads;
@@ -71,12 +99,11 @@ void softmax(const SoftmaxArgs& a, int threads) {
                        mask += batch * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
                      T* y = static_cast<T*>(a.y) + r * a.cols;
                      float* row = buffer;
-                     if constexpr (sizeof(T) == sizeof(float)) row = past ? buffer : y;
+                     if constexpr (sizeof(T) == sizeof(float)) row = y;
                      const T* x = static_cast<const T*>(a.x) + r * a.cols;
                      const T* next = r + 1 < end && a.cols <= kPrefetchedRow ? x + a.cols : nullptr;
-                     softmax_row(x, mask, y, row, seen, a.cols, a.scale, past, next);
+                     softmax_row(x, mask, y, row, seen, a.cols, a.scale, next);
                    }
-                   if (past) fence();
                  });
   });
 }

@@ -48,6 +48,41 @@ INLINE Vec exp_half(Vec x) {
   return times_power_of_two(p, n, shifted);
 }
 
+// 2^t for t up to 128, to the precision of results of type T: 2e-9 of the value and the rounding, or 8e-5. 2^f for f =
+// t - floor t in [0, 1) is a polynomial of least greatest relative error. -inf gives 0, a NaN stays.
+template <class T>
+INLINE Vec exp2_to(Vec t) {
+  t = max(splat(-160.0f), t);
+#if FASTGPT_LANES == 16
+  const Vec f = (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)t, 1);  // t less its floor
+#else
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Vec n = t + magic - magic;
+  n = n > t ? n - 1.0f : n;
+  const Vec f = t - n;
+#endif
+  Vec p;
+  if constexpr (sizeof(T) == 2) {
+    p = splat(0.0780245215f);
+    p = fma(p, f, splat(0.226067156f));
+    p = fma(p, f, splat(0.695833564f));
+    p = fma(p, f, splat(0.999925196f));
+  } else {
+    p = splat(0.000217022549f);
+    p = fma(p, f, splat(0.00124396884f));
+    p = fma(p, f, splat(0.00967884064f));
+    p = fma(p, f, splat(0.0554833412f));
+    p = fma(p, f, splat(0.24022983f));
+    p = fma(p, f, splat(0.693147004f));
+    p = fma(p, f, splat(1.0f));
+  }
+#if FASTGPT_LANES == 16
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)t);  // p 2^floor(t)
+#else
+  return times_power_of_two(p, n, n + magic);
+#endif
+}
+
 // exp and division to the precision of results of type T.
 template <class T>
 INLINE Vec exp_to(Vec x) {
