@@ -210,7 +210,7 @@ def test_launchers_compile_load_and_launch(launchers, tmp_path):
         "launch",
         "load",
         "launch",
-        *["map"] * 3,
+        *["map"] * 4,
         "load",
         "attribute",
         "launch",
@@ -221,8 +221,8 @@ def test_launchers_compile_load_and_launch(launchers, tmp_path):
     assert wide[2:] == ["5", "1", "1", "256", "1", "1", "0", "7", "4096"]
     assert narrow[2:] == ["1", "1", "1", "256", "1", "1", "0", "7", "4096"]
     assert steps[5] == ["map", "9", "4"]  # bf16, four dimensions
-    assert steps[9][1] == "8"  # more than 48 KB, as many as the launch asks for
-    assert steps[10][2:9] == ["6", "1", "1", "384", "1", "1", steps[9][2]]
+    assert steps[10][1] == "8"  # more than 48 KB, as many as the launch asks for
+    assert steps[11][2:9] == ["6", "1", "1", "384", "1", "1", steps[10][2]]
 
 
 @compiles

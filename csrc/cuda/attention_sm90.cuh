@@ -30,7 +30,7 @@ struct Sm90Forward {
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int BLOCK_M = 64 * kConsumers, BLOCK_N = 128;
   static constexpr int kStages = kDim == 64 ? 4 : 2;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
   static constexpr int kQueryBytes = BLOCK_M * kDim * 2, kStageBytes = BLOCK_N * kDim * 2;
   static constexpr int kBarrierBytes = 8 * (2 + 4 * kStages);
   // Q and the tile by which O leaves, the rings of K and V; 1024: to align.

@@ -66,8 +66,10 @@ def test_attention_sm90_runs_on_the_tensor_cores_of_hopper(tmp_path: Path, dtype
         dim = 128 if "Li128" in name else 64
         # S of the first step and of the loop, D / 16 each; P V of the loop and of the last step, BLOCK_N / 16 each.
         assert len(re.findall(r"\bHGMMA\.", function)) == 2 * dim // 16 + 2 * 128 // 16, name
-        # Q, K and V; O: a box of 64 columns each.
-        assert len(re.findall(r"\bUTMALDG\.4D", function)) == 3 * dim // 64, name
+        # A box of 64 columns each: Q, K and V (the producer's loop over K and V is unrolled), O.
+        loads = len(re.findall(r"\bUTMALDG\.4D", function)) * 64 // dim
+        assert loads >= 3, name
+        assert loads % 2 == 1, name
         assert len(re.findall(r"\bUTMASTG\.4D", function)) == dim // 64, name
         assert len(re.findall(r"USETMAXREG", function)) == 2
         assert not re.search(r"\bHMMA\.|\b(LDL|STL)\b", function), "old tensor instructions, or local memory"
