@@ -14,6 +14,7 @@ import fastgpt
 from fastgpt.benchmarks.nano_gpt import GPT as NanoGPT
 from fastgpt.benchmarks.nano_gpt import NanoConfig
 from fastgpt.compat import blocks, loss
+from fastgpt.nn import fallback
 
 pytestmark = pytest.mark.usefixtures("whatever_size")
 
@@ -202,6 +203,25 @@ def test_blocks_with_dropout(kind: str, calls: list[str], monkeypatch: pytest.Mo
     assert abs(loss_of(0).item() - exact) < 1e-5
     assert len(given) == 3
     assert given[1:] == [(0.0, 0.0)] * 2
+
+
+def test_an_option_that_the_op_lacks_goes_to_the_block_below_and_is_logged_once(
+    calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fallback.log_fallback.cache_clear()
+    model, _ = gpt2()
+    fastgpt.accelerate(model)
+    block, x = model.transformer.h[0].eval(), torch.randn(2, 5, 32)
+    state = torch.randn(2, 3, 32)
+    with caplog.at_level("WARNING", logger="fastgpt"):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="cross-attention layers"):  # transformers' own
+                block(x, encoder_hidden_states=state)
+        block(x)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a block of GPT-2 with encoder_hidden_states is computed by torch: the fastgpt op does not support it"
+    ]
+    assert calls == ["block"]
 
 
 def test_dropout_of_attention_in_a_block_by_parts() -> None:

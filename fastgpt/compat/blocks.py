@@ -14,11 +14,16 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.compat.masks import is_causal_only
-from fastgpt.nn.fallback import is_small, is_small_weight
+from fastgpt.nn.fallback import is_small, is_small_weight, log_fallback
 from fastgpt.nn.linear import reads_few_rows
 from fastgpt.ops.transformer_block import covers, transformer_block_with_qkv
 
 NOTE = "_fastgpt_block"
+_BEYOND = (
+    "encoder_hidden_states",
+    "head_mask",
+    "output_attentions",
+)  # what a block of GPT-2 may be given and the op does not do
 
 
 class BlockNote(NamedTuple):
@@ -137,10 +142,12 @@ class GPT2BlockPart(torch.nn.Module):
         note: BlockNote = self.__dict__[NOTE]
         given = dict(zip(note.takes, args, strict=False)) | kwargs
         x, cache, mask = hidden_states, given.get("past_key_values"), given.get("attention_mask")
+        beyond = [name for name in _BEYOND if given.get(name) is not None and given[name] is not False]
+        if beyond and not torch.compiler.is_compiling():
+            log_fallback(f"a block of GPT-2 with {beyond[0]}")
         if (
             (cache is None or type(cache).__name__ == "DynamicCache")
-            and all(given.get(name) is None for name in ("encoder_hidden_states", "head_mask"))
-            and not given.get("output_attentions")
+            and not beyond
             and covers(x)
             and (drops := self._drops()) is not None
         ):
