@@ -34,7 +34,11 @@ NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 # module -> (folders of sources, extra compile flags, extra link flags)
 MODULES: dict[str, tuple[list[str], str, str]] = {
-    "fastgpt._bpe": (["csrc/bpe", "csrc/python/bpe.cpp"], "", ""),
+    "fastgpt._bpe": (
+        ["csrc/bpe", *(f"csrc/python/bpe{part}.cpp" for part in ("", "_decode", "_text", "_trainer"))],
+        "",
+        "",
+    ),
     "fastgpt._cpu": (
         ["csrc/cpu", *(f"csrc/python/cpu{part}.cpp" for part in ("", "_pointwise", "_products", "_rows"))],
         "-fopenmp -ffp-contract=off",

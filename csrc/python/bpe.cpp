@@ -1,24 +1,12 @@
 // The module fastgpt._bpe: the tokenizer's encoder, decoder and trainer for Python. Bindings only: formats, names of
 // encodings and the public classes are in fastgpt/tokenizer.
-#include <Python.h>
-#include <pybind11/functional.h>
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "python/bpe.h"
 
-#include <cstdint>
 #include <cstring>
-#include <memory>
 #include <new>
-#include <optional>
 #include <stdexcept>
-#include <string>
-#include <string_view>
-#include <vector>
 
-#include "bpe/encoder.h"
 #include "bpe/special.h"
-#include "bpe/trainer.h"
 #include "bpe/unicode_tables.h"
 
 namespace py = pybind11;
@@ -26,104 +14,7 @@ using namespace fastgpt::bpe;
 
 namespace {
 
-using Ids = py::array_t<uint32_t>;
-using Offsets = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
-
 constexpr size_t kReleaseBytes = 2048;  // shorter texts are done before another thread could take the GIL
-
-std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
-
-// A str as UTF-8. Surrogates that have no UTF-8 are first replaced as tiktoken does: pairs are joined, lone ones become
-// U+FFFD.
-class Utf8 {
- public:
-  explicit Utf8(py::handle text) {
-    if (!PyUnicode_Check(text.ptr())) throw py::type_error("text: got " + type_name(text) + ", expected str");
-    Py_ssize_t size;
-    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-    if (__builtin_expect(!data, 0)) {
-      if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
-      PyErr_Clear();
-      fixed_ = text.attr("encode")("utf-16", "surrogatepass").attr("decode")("utf-16", "replace");
-      data = PyUnicode_AsUTF8AndSize(fixed_.ptr(), &size);
-      if (!data) throw py::error_already_set();
-    }
-    view_ = {data, static_cast<size_t>(size)};
-  }
-  std::string_view view() const { return view_; }
-
- private:
-  py::object fixed_;
-  std::string_view view_;
-};
-
-// Any object with a contiguous buffer of bytes.
-class Bytes {
- public:
-  explicit Bytes(py::handle object) {
-    if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_SIMPLE)) {
-      PyErr_Clear();
-      throw py::type_error("data: got " + type_name(object) + ", expected bytes");
-    }
-  }
-  ~Bytes() { PyBuffer_Release(&buffer_); }
-  Bytes(const Bytes&) = delete;
-  Bytes& operator=(const Bytes&) = delete;
-  std::string_view view() const { return {static_cast<const char*>(buffer_.buf), static_cast<size_t>(buffer_.len)}; }
-
- private:
-  Py_buffer buffer_;
-};
-
-Ids to_numpy(IdBuffer& ids) {
-  ids.shrink();
-  if (!ids.size()) return Ids(0);
-  auto owner = std::make_unique<IdBuffer>(std::move(ids));
-  const IdBuffer& kept = *owner;
-  const py::capsule capsule(owner.get(), [](void* p) { delete static_cast<IdBuffer*>(p); });
-  owner.release();
-  return Ids({kept.size()}, {sizeof(uint32_t)}, kept.data(), capsule);
-}
-
-py::array_t<uint64_t> to_numpy(const std::vector<uint64_t>& values) {
-  return py::array_t<uint64_t>(values.size(), values.data());
-}
-
-std::optional<Pattern> optional_pattern(const std::optional<std::string>& name) {
-  if (!name) return std::nullopt;
-  return pattern_from_name(*name);
-}
-
-[[noreturn]] void throw_bad_id(py::handle id) {
-  PyErr_SetObject(PyExc_KeyError, py::str("token id {} is not in the vocabulary").format(id).ptr());
-  throw py::error_already_set();
-}
-
-// Spans in characters of a UTF-8 text, as spans in bytes. They ascend, so one walk over the text finds them all.
-std::pair<std::vector<uint64_t>, std::vector<uint64_t>> byte_spans(std::string_view text, const Offsets& begins,
-                                                                   const Offsets& ends) {
-  if (begins.ndim() != 1 || ends.ndim() != 1 || begins.size() != ends.size()) {
-    throw std::invalid_argument("begins and ends: expected two arrays of one length");
-  }
-  std::vector<uint64_t> from(begins.data(), begins.data() + begins.size());
-  std::vector<uint64_t> to(ends.data(), ends.data() + ends.size());
-  size_t character = 0, byte = 0;
-  auto seek = [&](uint64_t& place) {
-    if (place < character) throw std::invalid_argument("begins and ends: expected ascending spans");
-    while (character < place) {
-      if (byte >= text.size()) throw std::invalid_argument("ends: a span outside of the text");
-      ++byte;
-      while (byte < text.size() && (static_cast<uint8_t>(text[byte]) & 0xC0) == 0x80) ++byte;
-      ++character;
-    }
-    place = byte;
-  };
-  for (size_t i = 0; i < from.size(); ++i) {
-    seek(from[i]);
-    seek(to[i]);
-  }
-  return {std::move(from), std::move(to)};
-}
 
 class Bpe {
  public:
@@ -132,26 +23,9 @@ class Bpe {
       bool whole_first)
       : encoder_(Vocabulary(token_list(tokens), merges), optional_pattern(pattern), whole_first),
         special_tokens_(special_tokens),
-        all_special_(check_special(special_tokens)) {
-    const Vocabulary& vocabulary = encoder_.vocabulary();
-    size_t slots = vocabulary.slots();
-    for (const auto& [text, id] : special_tokens_) slots = std::max<size_t>(slots, id + size_t{1});
-    pieces_.resize(slots);
-    for (uint32_t id = 0; id < vocabulary.slots(); ++id) pieces_[id] = vocabulary.bytes(id);
-    size_t special_bytes = Vocabulary::kPadding;
-    for (const auto& [text, id] : special_tokens_) special_bytes += text.size();
-    special_arena_.reserve(special_bytes);  // so that it does not move
-    for (const auto& [text, id] : special_tokens_) {
-      if (!vocabulary.bytes(id).empty()) {
-        throw std::invalid_argument("the special token " + text + " has the id " + std::to_string(id) +
-                                    " of another token");
-      }
-      if (!pieces_[id].empty()) continue;  // a second name of the id
-      special_arena_ += text;
-      pieces_[id] = std::string_view(special_arena_).substr(special_arena_.size() - text.size());
-    }
-    special_arena_.append(Vocabulary::kPadding, '\0');
-    ints_.resize(slots);
+        all_special_(check_special(special_tokens)),
+        tokens_(encoder_.vocabulary(), special_tokens_) {
+    ints_.resize(tokens_.slots());
   }
 
   ~Bpe() {
@@ -282,43 +156,13 @@ class Bpe {
   }
 
   py::bytes token_bytes(py::handle id) const {
-    const std::string_view piece = piece_of(id);
+    const std::string_view piece = tokens_.of(id);
     return py::bytes(piece.data(), piece.size());
   }
 
-  py::bytes decode_bytes(py::handle ids) const {
-    PyObject* bytes = nullptr;
-    const bool is_array = join_array(ids, [&](size_t room) {
-      bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(room + Vocabulary::kPadding));
-      if (!bytes) throw py::error_already_set();
-      return PyBytes_AS_STRING(bytes);
-    });
-    if (!is_array) {
-      const std::string text = join(ids);
-      return py::bytes(text);
-    }
-    const Py_ssize_t size = PyBytes_GET_SIZE(bytes) - static_cast<Py_ssize_t>(Vocabulary::kPadding);
-    if (_PyBytes_Resize(&bytes, size)) throw py::error_already_set();
-    return py::reinterpret_steal<py::bytes>(bytes);
-  }
-
-  py::str decode(py::handle ids, const char* errors) const {
-    std::unique_ptr<char[]> buffer;  // not initialised, unlike a string's
-    std::string joined;
-    std::string_view text;
-    const bool is_array = join_array(ids, [&](size_t room) {
-      buffer.reset(new char[room + Vocabulary::kPadding]);
-      text = {buffer.get(), room};
-      return buffer.get();
-    });
-    if (!is_array) text = joined = join(ids);
-    PyObject* const object = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), errors);
-    if (!object) throw py::error_already_set();
-    return py::reinterpret_steal<py::str>(object);
-  }
-
+  const TokenBytes& tokens() const { return tokens_; }
   size_t cache_bytes() const { return encoder_.cache_bytes(); }
-  size_t slots() const { return pieces_.size(); }
+  size_t slots() const { return tokens_.slots(); }
   size_t token_count() const { return encoder_.vocabulary().count(); }
   size_t max_token_bytes() const { return encoder_.vocabulary().max_token_bytes(); }
 
@@ -385,146 +229,11 @@ class Bpe {
     return list;
   }
 
-  std::string_view piece_of(py::handle id) const {
-    size_t value;
-    if (PyLong_CheckExact(id.ptr())) {
-      int overflow;
-      const long long number = PyLong_AsLongLongAndOverflow(id.ptr(), &overflow);
-      if (overflow || number < 0) throw_bad_id(id);
-      value = static_cast<size_t>(number);
-    } else if (PyLong_Check(id.ptr())) {
-      value = PyLong_AsSize_t(id.ptr());
-    } else {
-      PyObject* const index = PyNumber_Index(id.ptr());
-      if (!index) {
-        PyErr_Clear();
-        throw py::type_error("ids: got " + type_name(id) + ", expected int");
-      }
-      value = PyLong_AsSize_t(index);
-      Py_DECREF(index);
-    }
-    if (value == static_cast<size_t>(-1) && PyErr_Occurred()) {
-      PyErr_Clear();  // negative or too large
-      throw_bad_id(id);
-    }
-    if (value >= pieces_.size() || pieces_[value].empty()) throw_bad_id(id);
-    return pieces_[value];
-  }
-
-  // Copies a piece; both ends have kPadding bytes behind it, so that short ones are copied without a loop.
-  static char* put(char* out, std::string_view piece) {
-    static_assert(Vocabulary::kPadding == 16);
-    std::memcpy(out, piece.data(), 16);
-    if (__builtin_expect(piece.size() > 16, 0)) std::memcpy(out + 16, piece.data() + 16, piece.size() - 16);
-    return out + piece.size();
-  }
-
-  template <class T, class Room>
-  void join_values(const py::array_t<T, py::array::c_style>& ids, const Room& room) const {
-    const T* const data = ids.data();
-    const size_t n = static_cast<size_t>(ids.size());
-    size_t total = 0;
-    for (size_t i = 0; i < n; ++i) {
-      const uint64_t id = static_cast<uint64_t>(data[i]);
-      if (id >= pieces_.size() || pieces_[id].empty()) throw_bad_id(py::int_(data[i]));
-      total += pieces_[id].size();
-    }
-    char* out = room(total);
-    for (size_t i = 0; i < n; ++i) out = put(out, pieces_[static_cast<size_t>(data[i])]);
-  }
-
-  // Writes the bytes of all ids of a one-dimensional integer array to room(how many), which has kPadding more; false
-  // for what is no array.
-  template <class Room>
-  bool join_array(py::handle ids, const Room& room) const {
-    if (!py::isinstance<py::array>(ids)) return false;
-    const py::array array = py::reinterpret_borrow<py::array>(ids);
-    const char kind = array.dtype().kind();
-    if ((kind != 'i' && kind != 'u') || array.ndim() != 1) {
-      throw py::type_error("ids: got a " + std::to_string(array.ndim()) + "-dimensional array of kind '" +
-                           std::string(1, kind) + "', expected a 1-dimensional one of integers");
-    }
-    if (array.dtype().equal(py::dtype::of<uint32_t>())) {
-      join_values<uint32_t>(array, room);
-    } else if (array.dtype().equal(py::dtype::of<uint16_t>())) {
-      join_values<uint16_t>(array, room);
-    } else if (kind == 'u') {
-      join_values<uint64_t>(array, room);
-    } else {
-      join_values<int64_t>(array, room);  // negative ones become too large
-    }
-    return true;
-  }
-
-  // The bytes of all ids of a sequence of ints.
-  std::string join(py::handle ids) const {
-    if (PyUnicode_Check(ids.ptr()) || PyBytes_Check(ids.ptr())) {
-      throw py::type_error("ids: got " + type_name(ids) + ", expected a sequence of int");
-    }
-    PyObject* const fast = PySequence_Fast(ids.ptr(), "");
-    if (!fast) {
-      PyErr_Clear();
-      throw py::type_error("ids: got " + type_name(ids) + ", expected a sequence of int");
-    }
-    const py::object keep = py::reinterpret_steal<py::object>(fast);
-    const Py_ssize_t n = PySequence_Fast_GET_SIZE(fast);
-    std::string text;
-    size_t size = 0;
-    for (Py_ssize_t i = 0; i < n; ++i) {
-      const std::string_view piece = piece_of(PySequence_Fast_GET_ITEM(fast, i));
-      if (text.size() < size + piece.size() + Vocabulary::kPadding) {
-        text.resize(size + piece.size() + Vocabulary::kPadding + size / 2 + static_cast<size_t>(n - i) * 5);
-      }
-      put(text.data() + size, piece);
-      size += piece.size();
-    }
-    text.resize(size);
-    return text;
-  }
-
   Encoder encoder_;
   std::vector<std::pair<std::string, uint32_t>> special_tokens_;
   SpecialFinder all_special_;
-  std::vector<std::string_view> pieces_;  // by id, special tokens included; empty: no such id
-  std::string special_arena_;
+  TokenBytes tokens_;
   mutable std::vector<PyObject*> ints_;  // by id; null until it is needed
-};
-
-class PyTrainer {
- public:
-  PyTrainer(const std::optional<std::string>& pattern, size_t threads) : trainer_(optional_pattern(pattern), threads) {}
-
-  void feed(const py::list& texts) {
-    std::vector<Utf8> owners;
-    std::vector<std::string_view> views;
-    owners.reserve(texts.size());
-    for (const auto& text : texts) views.push_back(owners.emplace_back(text).view());
-    py::gil_scoped_release release;
-    trainer_.feed(views);
-  }
-
-  // Spans count characters of the text.
-  void feed_spans(py::handle text, const Offsets& begins, const Offsets& ends) {
-    const Utf8 utf8(text);
-    const auto [from, to] = byte_spans(utf8.view(), begins, ends);
-    py::gil_scoped_release release;
-    trainer_.feed_spans(utf8.view(), from.data(), to.data(), from.size());
-  }
-
-  std::vector<std::pair<uint32_t, uint32_t>> train(size_t merges, uint64_t min_frequency, const py::object& progress) {
-    auto report = [&](size_t done) {
-      py::gil_scoped_acquire acquire;
-      if (PyErr_CheckSignals()) throw py::error_already_set();
-      if (!progress.is_none()) progress(done, merges);
-    };
-    py::gil_scoped_release release;
-    return trainer_.train(merges, min_frequency, report);
-  }
-
-  size_t distinct_words() const { return trainer_.distinct_words(); }
-
- private:
-  Trainer trainer_;
 };
 
 // The largest certain pre-token boundary in data[:limit], 0 for none: see csrc/bpe/scanner.h.
@@ -605,8 +314,11 @@ PYBIND11_MODULE(_bpe, m) {
       .def("pretokens", &Bpe::pretokens, py::arg("text"))
       .def("find_token", &Bpe::find_token, py::arg("token"))
       .def("token_bytes", &Bpe::token_bytes, py::arg("id"))
-      .def("decode_bytes", &Bpe::decode_bytes, py::arg("ids"))
-      .def("decode", &Bpe::decode, py::arg("ids"), py::arg("errors"))
+      .def(
+          "decode_bytes", [](const Bpe& bpe, py::handle ids) { return bpe.tokens().decode_bytes(ids); }, py::arg("ids"))
+      .def(
+          "decode", [](const Bpe& bpe, py::handle ids, const char* errors) { return bpe.tokens().decode(ids, errors); },
+          py::arg("ids"), py::arg("errors"))
       .def("cache_bytes", &Bpe::cache_bytes)
       .def_property_readonly("slots", &Bpe::slots)
       .def_property_readonly("token_count", &Bpe::token_count)
@@ -614,10 +326,5 @@ PYBIND11_MODULE(_bpe, m) {
   bpe.attr("encode_ordinary") = py::reinterpret_steal<py::object>(
       PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(bpe.ptr()), &kEncodeOrdinary));
 
-  py::class_<PyTrainer>(m, "Trainer")
-      .def(py::init<const std::optional<std::string>&, size_t>(), py::arg("pattern"), py::arg("threads"))
-      .def("feed", &PyTrainer::feed, py::arg("texts"))
-      .def("feed_spans", &PyTrainer::feed_spans, py::arg("text"), py::arg("begins"), py::arg("ends"))
-      .def("train", &PyTrainer::train, py::arg("merges"), py::arg("min_frequency"), py::arg("progress"))
-      .def_property_readonly("distinct_words", &PyTrainer::distinct_words);
+  bind_trainer(m);
 }

@@ -1,4 +1,4 @@
-"""Files of text in bounded memory: reading them in parts, encoding one, splitting at special tokens."""
+"""Texts before they are encoded: surrogates, special tokens, files in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING
 from fastgpt._bpe import safe_cut
 
 if TYPE_CHECKING:
-    from fastgpt.tokenizer.bpe import Tokenizer
+    from fastgpt.tokenizer.encoding import Encoding
 
 _BLOCK_BYTES = 8 << 20
+
+
+def without_surrogates(text: str) -> str:
+    """The text as it is encoded: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
+    if not isinstance(text, str):
+        raise TypeError(f"text: got {type(text).__name__}, expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def split_special(text: str, tokens: Collection[str]) -> Iterator[tuple[str, str | None]]:
@@ -53,7 +64,7 @@ def read_parts(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def encode_file(
-    tokenizer: Tokenizer,
+    tokenizer: Encoding,
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     num_threads: int,

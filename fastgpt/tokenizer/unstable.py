@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastgpt.tokenizer.bpe import Tokenizer
+    from fastgpt.tokenizer.encoding import Encoding
 
 _BLANK = frozenset(b" \n\t")
 # White_Space, by which the last character counts as such; str.isspace knows four more.
@@ -37,7 +37,7 @@ def _last_character(data: bytes) -> tuple[str | None, int]:
 
 
 def unstable_completions(
-    tokenizer: Tokenizer, ids: list[int], last_piece_ids: int, sorted_tokens: list[bytes]
+    tokenizer: Encoding, ids: list[int], last_piece_ids: int, sorted_tokens: list[bytes]
 ) -> tuple[list[int], list[list[int]]]:
     """Splits the ids of a text.
 
