@@ -12,6 +12,7 @@
 // compares one entry, whatever its kind, and `find` looks everywhere.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -23,7 +24,7 @@ namespace fastgpt::bpe {
 
 // How a key is made from the first 16 bytes at a pre-token of n < 16 bytes, and where its entry may stand.
 struct KeyForms {
-  struct Form {
+  struct alignas(64) Form {
     uint64_t low_mask, high_mask;  // the bytes that belong to it
     uint64_t low_tag, high_tag;    // the length
     uint64_t wide;                 // all ones where the entry is one of 32 bytes
@@ -252,7 +253,7 @@ class WordCache {
   }
 
   static uint64_t hash(uint64_t low, uint64_t high) {
-    return (low ^ (high * 0xC2B2AE3D27D4EB4Fu >> 17 | high << 47)) * 0x9E3779B97F4A7C15u;
+    return (low ^ std::rotr(high * 0xC2B2AE3D27D4EB4Fu, 17)) * 0x9E3779B97F4A7C15u;
   }
 
   static uint64_t pack(const uint32_t* ids, size_t count) {
