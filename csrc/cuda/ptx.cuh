@@ -152,23 +152,23 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The same box back to the tensor; what lies outside of it is not written.
+// 9.7.9.27.1.2, the other way: a box of shared memory to the tensor; what lies outside of the tensor is not written.
 __device__ __forceinline__ void tensor_store_4d(const void* map, uint32_t shared, int x, int y, int z, int w) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
                "r"(shared), "r"(x), "r"(y), "r"(z), "r"(w)
                : "memory");
 }
 
-// cp.reduce.async.bulk: `bytes` of floats in shared memory are added to those at `global`, each addition atomic; both
-// addresses and the size are multiples of 16.
+// 9.7.9.25 (bulk copy) cp.reduce.async.bulk: `bytes` of floats in shared memory are added to those at `global`, each
+// addition atomic; both addresses and the size are multiples of 16.
 __device__ __forceinline__ void bulk_add_float(float* global, uint32_t shared, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
                "r"(bytes)
                : "memory");
 }
 
-// cp.async.bulk.commit_group, wait_group: what a thread stored or added in bulk, in groups, as for cp.async. With
-// `read` the wait is for shared memory to have been read; without for the writes to be done.
+// 9.7.9.25 cp.async.bulk.commit_group, wait_group: what a thread stored or added in bulk, in groups, as for cp.async.
+// With `read` the wait is for shared memory to have been read; without for the writes to be done.
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int kInFlight>
 __device__ __forceinline__ void bulk_wait_read() {
@@ -179,8 +179,8 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kInFlight) : "memory");
 }
 
-// 9.7.13.4 fence.proxy.async: what this thread wrote to shared memory is seen by the copy engine and by wgmma, which
-// read through another path; before the barrier after which somebody starts them.
+// 9.7.13.4 membar, fence.proxy.async: what this thread wrote to shared memory is seen by the copy engine and by wgmma,
+// which read through another path; before the barrier after which somebody starts them.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // 9.7.15.5.16 stmatrix: four 8 x 8 matrices of 16-bit elements, the opposite of ldmatrix_x4.
