@@ -187,3 +187,29 @@ def test_gpt2_of_124m(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, report = assert_as_close_as_before(build, autocast=autocast)
     assert report.replaced["GPT2Block"] == 12
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
+def test_dropout_of_blocks_under_checkpointing_and_the_compiler() -> None:
+    """A block that is computed again drops the same; a compiled one drops, learns, and follows the seed."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))  # every dropout is 0.1
+    idx = torch.randint(50, (3, 17))
+    fastgpt.accelerate(model)
+    model.train()
+
+    def seeded(module: Any) -> list[torch.Tensor]:
+        torch.manual_seed(4)
+        return step(module, idx)
+
+    want = seeded(model)
+    assert not torch.equal(step(model, idx)[0], want[0])
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        torch.testing.assert_close(seeded(model), want, rtol=1e-4, atol=1e-6)
+    model.gradient_checkpointing_disable()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(seeded(compiled), seeded(compiled))
+    assert not torch.equal(step(compiled, idx)[0], seeded(compiled)[0])
+    assert all(float(gradient.abs().max()) > 0 for gradient in seeded(compiled)[1:])
