@@ -18,6 +18,7 @@ from fastgpt.ops import reference
 from fastgpt.ops.bias_activation import bias_activation
 
 from ..harness import DTYPES, Variant
+from .attention_options import attention_with
 from .kit import Case, Function, Kit, Made, both, exact_gradients, forward, library, liger
 
 SDPA = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
@@ -323,6 +324,7 @@ def plan(small: bool = False) -> list[Case]:
     """Every case but the training step, most important first; `small` for a machine without a GPU."""
     if small:
         cases = [attention(1, 2, 24, 8, True, "fp32", backward) for backward in (False, True)]
+        cases += [attention_with(option, 1, 2, 24, 8, "fp32") for option in ("packed", "dropout")]
         cases += [decode(1, 2, 1, 40, 8, "fp32"), loss("cross_entropy", 8, 33, 0, "fp32"), adamw(64, 2)]
         cases += [loss("linear_cross_entropy", 8, 33, 16, "fp32"), *rows_cases((6, 48), "fp32")]
         return [*cases, embedding(16, 20, 8, "fp32"), rope(1, 2, 6, 8, "fp32")]
@@ -334,6 +336,8 @@ def plan(small: bool = False) -> list[Case]:
         *(rows[op, case] for op in ("softmax", "layer_norm", "rms_norm", "swiglu", "gelu") for case in CASES),
         adamw(124_000_000 // 148 * 148, 148),
         *(attention(4, 16, 4096, 128, causal, "bf16", backward) for causal in (True, False) for backward in (False, True)),
+        attention_with("window", 2, 12, 4096, 64, "bf16"), attention_with("packed", 1, 12, 8192, 64, "bf16"),
+        attention_with("dropout", 4, 12, 1024, 64, "bf16"),
         decode(1, 12, 12, 1024, 64, "bf16"),
         decode(16, 32, 8, 8192, 128, "bf16"),
         embedding(16384, 50304, 768, "bf16"),
