@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
 def emulators() -> dict[int, Emulator]:
     return {
         80: Emulator("attention_sm80", test_attention_sm80.BUGS),
-        90: Emulator("attention_sm90", test_attention_sm90.BUGS + test_attention_sm90.PLAN_BUGS),
+        90: Emulator("attention_sm90", test_attention_sm90.BUGS + test_attention_sm90.ORDER_BUGS),
     }
 
 
