@@ -31,7 +31,6 @@
 constexpr int kBlock = 64;  // queries, and keys, a block of scores
 constexpr int kVectors = kBlock / kLanes;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693359375f;  // ln 2 in two parts: the first times a small integer is exact
 constexpr float kLn2Rest = -2.12194440e-4f;
 
@@ -45,44 +44,6 @@ struct MathFor<BFloat16> {
   using Type = BFloat16Math;
 };
 #endif
-
-// 2^x for x from -inf to 127, within 7e-8 relative, or within 3e-6 (kShort) where the result is rounded to bf16; below
-// 2^-126 it may be 0. x = n + r with r in [0, 1]; minimax polynomials of 2^r that are 1 at 0.
-template <bool kShort>
-INLINE Vec exp2(Vec x) {
-#if FASTGPT_LANES == 16
-  const Vec r = (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x); 0 for -inf
-#else
-  const Vec given = x;
-  x = max(splat(-126.0f), x);
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = (x - 0.5f) + magic;
-  const Vec r = x - (shifted - magic);
-#endif
-  Vec p;
-  if constexpr (kShort) {
-    p = splat(1.342668384e-2f);
-    p = fma(p, r, splat(5.224247277e-2f));
-    p = fma(p, r, splat(2.412801981e-1f));
-    p = fma(p, r, splat(6.930448413e-1f));
-  } else {
-    p = splat(2.161291486e-4f);
-    p = fma(p, r, splat(1.246784697e-3f));
-    p = fma(p, r, splat(9.675451554e-3f));
-    p = fma(p, r, splat(5.548528209e-2f));
-    p = fma(p, r, splat(2.402293086e-1f));
-    p = fma(p, r, splat(6.931470633e-1f));
-  }
-  p = fma(p, r, splat(1.0f));
-#if FASTGPT_LANES == 16
-  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p,
-                                     (__m512)x);  // p * 2^floor(x); the unmasked form warns falsely in g++ 12
-#else
-  const VecInt n = bit_cast<VecInt>(shifted) - bit_cast<VecInt>(magic);
-  const Vec result = p * bit_cast<Vec>((n + 127) << 23);
-  return given < -126.0f ? Vec{} : result;
-#endif
-}
 
 // log(x) of a sum of exponentials: 0, inf, NaN or a normal number. Cephes' logf (S. Moshier).
 INLINE Vec log_of_sum(Vec x) {

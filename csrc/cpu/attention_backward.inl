@@ -121,20 +121,21 @@ struct BackwardTask {
   // P and dS from s and dp; 0 where masked. With dropout's factors M, what dV takes is M P, and dS = P (M dP - delta).
   template <bool kDrops>
   void weights(const Window& w) {
+    const Vec factor = splat(a.scale * kLog2E);
     for (int j = 0; j < round_up(w.keys, kTileRows); j += 2) {
       const bool masked = w.masked(j, 2);
       for (int c = w.first_vector(j / kTileRows * kTileRows); c < w.vectors; ++c) {
         const int lane = c * kLanes;
-        const Vec row_lse = load(lse + lane), row_delta = load(delta + lane);
+        const Vec offset = load(lse + lane) * -kLog2E, row_delta = load(delta + lane);
         Vec p[2], ds[2];
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
           const int64_t place = (j + r) * kBlock + lane;
-          p[r] = exp2<kShort>((load(s + place) * a.scale - row_lse) * kLog2E);
+          p[r] = exp2<kShort>(fma(load(s + place), factor, offset));
           if constexpr (kDrops) {
-            const Vec factor = load(drop + place);
-            ds[r] = p[r] * (load(dp + place) * factor - row_delta);
-            p[r] = p[r] * factor;
+            const Vec kept = load(drop + place);
+            ds[r] = p[r] * (load(dp + place) * kept - row_delta);
+            p[r] = p[r] * kept;
           } else {
             ds[r] = p[r] * (load(dp + place) - row_delta);
           }

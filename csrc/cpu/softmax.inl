@@ -16,7 +16,7 @@ template <class T, bool kIsFused, class V>
 INLINE Vec softmax_exps(const V* v, float* row, int64_t seen, float m, float factor, const T* next) {
   const Vec top = splat(m), offset = splat(-m * factor), by = splat(factor);
   const auto term = [&](Vec x) __attribute__((always_inline)) {
-    return exp2_to<T>(kIsFused ? fma(x, by, offset) : (x - top) * by);
+    return exp2<sizeof(T) == 2>(kIsFused ? fma(x, by, offset) : (x - top) * by);
   };
   Vec total = {};
   int64_t j = 0;

@@ -48,38 +48,43 @@ INLINE Vec exp_half(Vec x) {
   return times_power_of_two(p, n, shifted);
 }
 
-// 2^t for t up to 128, to the precision of results of type T: 2e-9 of the value and the rounding, or 8e-5. 2^f for f =
-// t - floor t in [0, 1) is a polynomial of least greatest relative error. -inf gives 0, a NaN stays.
-template <class T>
-INLINE Vec exp2_to(Vec t) {
-  t = max(splat(-160.0f), t);
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^x for x from -inf to 127, within 7e-8 relative, or within 3e-6 (kShort) where the result is rounded to bf16; below
+// 2^-126 it may be 0. x = n + r with r in [0, 1]; minimax polynomials of 2^r that are 1 at 0.
+template <bool kShort>
+INLINE Vec exp2(Vec x) {
 #if FASTGPT_LANES == 16
-  const Vec f = (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)t, 1);  // t less its floor
+  const Vec r = (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x); 0 for -inf
 #else
+  const Vec given = x;
+  x = max(splat(-126.0f), x);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec n = t + magic - magic;
-  n = n > t ? n - 1.0f : n;
-  const Vec f = t - n;
+  const Vec shifted = (x - 0.5f) + magic;
+  const Vec r = x - (shifted - magic);
 #endif
   Vec p;
-  if constexpr (sizeof(T) == 2) {
-    p = splat(0.0780245215f);
-    p = fma(p, f, splat(0.226067156f));
-    p = fma(p, f, splat(0.695833564f));
-    p = fma(p, f, splat(0.999925196f));
+  if constexpr (kShort) {
+    p = splat(1.342668384e-2f);
+    p = fma(p, r, splat(5.224247277e-2f));
+    p = fma(p, r, splat(2.412801981e-1f));
+    p = fma(p, r, splat(6.930448413e-1f));
   } else {
-    p = splat(0.000217022549f);
-    p = fma(p, f, splat(0.00124396884f));
-    p = fma(p, f, splat(0.00967884064f));
-    p = fma(p, f, splat(0.0554833412f));
-    p = fma(p, f, splat(0.24022983f));
-    p = fma(p, f, splat(0.693147004f));
-    p = fma(p, f, splat(1.0f));
+    p = splat(2.161291486e-4f);
+    p = fma(p, r, splat(1.246784697e-3f));
+    p = fma(p, r, splat(9.675451554e-3f));
+    p = fma(p, r, splat(5.548528209e-2f));
+    p = fma(p, r, splat(2.402293086e-1f));
+    p = fma(p, r, splat(6.931470633e-1f));
   }
+  p = fma(p, r, splat(1.0f));
 #if FASTGPT_LANES == 16
-  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)t);  // p 2^floor(t)
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p,
+                                     (__m512)x);  // p * 2^floor(x); the unmasked form warns falsely in g++ 12
 #else
-  return times_power_of_two(p, n, n + magic);
+  const VecInt n = bit_cast<VecInt>(shifted) - bit_cast<VecInt>(magic);
+  const Vec result = p * bit_cast<Vec>((n + 127) << 23);
+  return given < -126.0f ? Vec{} : result;
 #endif
 }
 
