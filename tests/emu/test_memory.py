@@ -250,13 +250,13 @@ def test_the_norm_of_gradients(emulator: Emulator, dtype: torch.dtype) -> None:
 
 
 def test_lists_are_made_once(emulator: Emulator) -> None:
-    cuda_adamw._on_device.cache_clear()
+    cuda_adamw._table.cache_clear()
     grads = [random(97), random(5)]
     with on_emulator(emulator, guarded=False):
         implementation("grad_norm")(grads)
-        made = cuda_adamw._on_device.cache_info().misses
+        made = cuda_adamw._table.cache_info().misses
         implementation("grad_norm")(grads)
-    assert cuda_adamw._on_device.cache_info().misses == made
+    assert cuda_adamw._table.cache_info().misses == made
 
 
 def test_the_chunk_is_the_kernels() -> None:

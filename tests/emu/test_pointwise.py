@@ -17,8 +17,8 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 BUGS = [
     Bug("elements past the end", "activation.cuh", "i < end", "i <= end", expression=True),
     Bug("the tail left out", "activation_launch.cuh", "a.n / kWide<T> * kWide<T>", "a.n", expression=True),
-    Bug("nine rounds", "dropout.cuh", "round < 10", "round < 9", expression=True),
-    Bug("the key stays", "dropout.cuh", "key1 += 0xBB67AE85u;", ";"),
+    Bug("nine rounds", "philox.cuh", "round < 10", "round < 9", expression=True),
+    Bug("the key stays", "philox.cuh", "key1 += 0xBB67AE85u;", ";"),
     Bug("dropped past the end", "dropout.cuh", "if (first + e >= a.n) continue;", ";"),
 ]  # fmt: skip
 
