@@ -126,12 +126,16 @@ struct BackwardTask {
       const bool masked = w.masked(j, 2);
       for (int c = w.first_vector(j / kTileRows * kTileRows); c < w.vectors; ++c) {
         const int lane = c * kLanes;
-        const Vec offset = load(lse + lane) * -kLog2E, row_delta = load(delta + lane);
+        const Vec row_lse = load(lse + lane), offset = row_lse * -kLog2E, row_delta = load(delta + lane);
         Vec p[2], ds[2];
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
           const int64_t place = (j + r) * kBlock + lane;
-          p[r] = exp2<kShort>(fma(load(s + place), factor, offset));
+          if constexpr (kShort) {
+            p[r] = exp2<kShort>(fma(load(s + place), factor, offset));
+          } else {  // in fp32 the rounding of lse log2(e) would show
+            p[r] = exp2<kShort>((load(s + place) * a.scale - row_lse) * kLog2E);
+          }
           if constexpr (kDrops) {
             const Vec kept = load(drop + place);
             ds[r] = p[r] * (load(dp + place) * kept - row_delta);
