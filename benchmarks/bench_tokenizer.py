@@ -85,7 +85,7 @@ def worker(arguments: argparse.Namespace) -> dict[str, float]:
         call = partial(peer.threads or peer.lists, documents)
         call()
         return {"s": statistics.median(wall_s(call) for _ in range(ROUNDS))}
-    first = cpu_s(lambda: peer.one("word"))
+    first = cpu_s(lambda: (peer.one_array or peer.one)("word"))
     return {"first_call_s": first, "s": cpu_s(lambda: (peer.arrays or peer.lists)(documents))}
 
 
@@ -180,17 +180,19 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "batch to lists, warm", "MB/s", {name: partial(peer.lists, documents) for name, peer in quick.items()}, mb_s
     )
 
-    def each(peer: Peer, texts: list[str]) -> None:
+    def each(one: Callable[[str], Any], texts: list[str]) -> None:
         for _ in range(3):
             for text in texts:
-                peer.one(text)
+                one(text)
 
+    calls_s = 3e-6 * len(documents[:300])  # to microseconds a call
+    to_list = {name: peer.one for name, peer in quick.items()}
+    to_array = {name: peer.one_array for name, peer in quick.items() if peer.one_array}
     for label, size in (("100 B", 100), ("1 KB", 1000)):
         texts = [text[:size] for text in documents[:300]]
-        calls = {name: partial(each, peer, texts) for name, peer in quick.items()}
-        rows.timed(
-            f"one string of {label}", "us", calls, lambda seconds: seconds / len(documents[:300]) / 3e-6, warm=True
-        )
+        for kind, ones in (("a list", to_list), ("NumPy", to_array)):
+            calls = {name: partial(each, one, texts) for name, one in ones.items()}
+            rows.timed(f"one string of {label} to {kind}", "us", calls, lambda seconds: seconds / calls_s, warm=True)
     ids = [id for part in tiktoken_ids for id in part]
     array = np.array(ids, np.uint32)
     rows.timed("decode a list", "MB/s", {n: partial(p.decode, ids) for n, p in quick.items() if p.decode}, mb_s)
@@ -199,7 +201,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.corpus == "en":
         rng = random.Random(5)
         letters = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)) for _ in range(ROUNDS)]
-        calls = {n: partial(lambda peer, left: peer.one(left.pop()), p, list(letters)) for n, p in quick.items()}
+        ones = to_list | to_array
+        calls = {n: partial(lambda one, left: one(left.pop()), one, list(letters)) for n, one in ones.items()}
         rows.timed("1 MB of random letters", "ms", calls, lambda seconds: seconds * 1e3)
     cold = {name: in_processes(arguments, "cold", name, 3) for name in quick}
     rows.add("batch to NumPy, cold", "MB/s", {n: [run["s"] for run in runs] for n, runs in cold.items()}, mb_s)
@@ -241,7 +244,11 @@ def table(result: dict[str, Any]) -> str:
         *(f"{encoding} en batch to NumPy, warm" for encoding in ("r50k_base", "o200k_base")),
         "cl100k_base en batch to NumPy, two threads",
         "cl100k_base en batch to lists, warm",
-        *(f"cl100k_base en one string of {size}" for size in ("100 B", "1 KB")),
+        *(
+            f"cl100k_base en one string of {size} to {kind}"
+            for size in ("100 B", "1 KB")
+            for kind in ("a list", "NumPy")
+        ),
         *(f"cl100k_base en decode {what}" for what in ("a list", "an array")),
         "cl100k_base en 1 MB of random letters",
         f"train {TRAINED_TOKENS} tokens, two threads",

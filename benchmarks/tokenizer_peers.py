@@ -31,12 +31,13 @@ Batch = Callable[[list[str]], Any]
 class Peer:
     """One library: how it makes ids; None where it cannot.
 
-    arrays, lists: of a batch, on one thread; threads: of a batch, as arrays, on two; one: of a text; decode: ids (a list)
-    to text or bytes; decode_array: the same from a uint32 array.
+    arrays, lists: of a batch, on one thread; threads: of a batch, as arrays, on two; one, one_array: of a text, as a list
+    and as an array; decode: ids (a list) to text or bytes; decode_array: the same from a uint32 array.
     """
 
     lists: Batch
     one: Callable[[str], Any]
+    one_array: Callable[[str], Any] | None = None
     arrays: Batch | None = None
     threads: Batch | None = None
     decode: Callable[[Any], Any] | None = None
@@ -58,6 +59,7 @@ def load(name: str, encoding: str, vocab: Path) -> Peer:
         return Peer(
             lists=lambda texts: ours.encode_ordinary_batch(texts, num_threads=1),
             one=ours.encode_ordinary,
+            one_array=ours.encode_ordinary_numpy,
             arrays=lambda texts: ours.encode_ordinary_batch_numpy(texts, num_threads=1),
             threads=lambda texts: ours.encode_ordinary_batch_numpy(texts, num_threads=2),
             decode=ours.decode_bytes,
@@ -72,6 +74,7 @@ def load(name: str, encoding: str, vocab: Path) -> Peer:
         return Peer(
             lists=lambda texts: [theirs.encode_ordinary(text) for text in texts],
             one=theirs.encode_ordinary,
+            one_array=lambda text: theirs.encode_to_numpy(text, disallowed_special=()),
             arrays=lambda texts: [theirs.encode_to_numpy(text, disallowed_special=()) for text in texts],
             threads=lambda texts: theirs.encode_ordinary_batch(texts, num_threads=2),
             decode=theirs.decode_bytes,
@@ -80,7 +83,8 @@ def load(name: str, encoding: str, vocab: Path) -> Peer:
         giga = import_module("gigatoken").Tokenizer.from_tiktoken(path)
         return Peer(
             lists=lambda texts: giga.encode_batch_list(texts, parallel=False),
-            one=giga.encode,
+            one=lambda text: giga.encode(text).tolist(),  # faster than a batch of one to a list
+            one_array=giga.encode,
             arrays=lambda texts: giga.encode_batch(texts, parallel=False),
             threads=lambda texts: giga.encode_batch(texts, parallel=True),
             decode=giga.decode,
@@ -88,7 +92,13 @@ def load(name: str, encoding: str, vocab: Path) -> Peer:
         )
     if name == "toktok":
         tok = import_module("toktok")._encoding(encoding)
-        return Peer(tok.encode_batch, tok.encode_ordinary, arrays=tok.encode_batch_to_numpy, decode=tok.decode_bytes)
+        return Peer(
+            tok.encode_batch,
+            tok.encode_ordinary,
+            one_array=tok.encode_to_numpy,
+            arrays=tok.encode_batch_to_numpy,
+            decode=tok.decode_bytes,
+        )
     if name not in ("fastokens", "tokenizers"):
         raise ImportError(f"{name} encodes nothing here")
     module = import_module(name)

@@ -15,6 +15,8 @@ using namespace fastgpt::bpe;
 namespace {
 
 constexpr size_t kReleaseBytes = 2048;  // shorter texts are done before another thread could take the GIL
+static_assert(kReleaseBytes <= Encoder::kShortBytes);
+using ShortIds = uint32_t[kReleaseBytes + Encoder::kShortSlack];  // of such a text
 
 class Bpe {
  public:
@@ -38,14 +40,19 @@ class Bpe {
     const Utf8 utf8(text);
     const std::string_view view = utf8.view();
     if (view.size() > kReleaseBytes) return to_list(encode_text(view));
-    uint32_t ids[kReleaseBytes + Encoder::kShortSlack];
-    static_assert(kReleaseBytes <= Encoder::kShortBytes);
+    ShortIds ids;
     return to_list(ids, encoder_.encode_short(view, ids));
   }
 
   Ids encode_ordinary_numpy(py::handle text) const {
-    IdBuffer ids = encode_text(Utf8(text).view());
-    return to_numpy(ids);
+    const Utf8 utf8(text);
+    const std::string_view view = utf8.view();
+    if (view.size() > kReleaseBytes) {
+      IdBuffer ids = encode_text(view);
+      return to_numpy(ids);
+    }
+    ShortIds ids;
+    return to_numpy(ids, encoder_.encode_short(view, ids));
   }
 
   py::list encode_bytes(py::handle data) const { return to_list(encode_text(Bytes(data).view())); }
@@ -260,16 +267,17 @@ py::array_t<uint64_t> pretoken_ends(py::handle data, const std::string& pattern,
 
 }  // namespace
 
-// Bpe.encode_ordinary as a plain method of the C API: for a short string the dispatch of pybind11 takes as long as the
-// encoding.
-PyObject* encode_ordinary(PyObject* self, PyObject* text) {
+// A method of Bpe that takes a text, as a plain method of the C API: for a short string the dispatch of pybind11 takes
+// as long as the encoding.
+template <auto kMethod>
+PyObject* plain_method(PyObject* self, PyObject* text) {
   const auto* const instance = reinterpret_cast<const py::detail::instance*>(self);
   if (!instance->simple_layout || !instance->simple_holder_constructed) {
     PyErr_SetString(PyExc_TypeError, "self: a Bpe whose __init__ was not called");
     return nullptr;
   }
   try {
-    return static_cast<const Bpe*>(instance->simple_value_holder[0])->encode_ordinary(text).release().ptr();
+    return (static_cast<const Bpe*>(instance->simple_value_holder[0])->*kMethod)(text).release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {
@@ -284,8 +292,12 @@ PyObject* encode_ordinary(PyObject* self, PyObject* text) {
   return nullptr;
 }
 
-PyMethodDef kEncodeOrdinary = {"encode_ordinary", encode_ordinary, METH_O,
-                               "encode_ordinary($self, text, /)\n--\n\nThe ids of a text, as a list."};
+PyMethodDef kPlainMethods[] = {
+    {"encode_ordinary", plain_method<&Bpe::encode_ordinary>, METH_O,
+     "encode_ordinary($self, text, /)\n--\n\nThe ids of a text, as a list."},
+    {"encode_ordinary_numpy", plain_method<&Bpe::encode_ordinary_numpy>, METH_O,
+     "encode_ordinary_numpy($self, text, /)\n--\n\nThe ids of a text, as a uint32 array."},
+};
 
 PYBIND11_MODULE(_bpe, m) {
   m.doc() = "Byte-level BPE: encoder, decoder, trainer. See fastgpt.tokenizer.";
@@ -299,7 +311,6 @@ PYBIND11_MODULE(_bpe, m) {
   bpe.def(py::init<const py::dict&, const std::vector<std::pair<std::string, uint32_t>>&,
                    const std::vector<std::pair<uint32_t, uint32_t>>&, const std::optional<std::string>&, bool>(),
           py::arg("tokens"), py::arg("special_tokens"), py::arg("merges"), py::arg("pattern"), py::arg("whole_first"))
-      .def("encode_ordinary_numpy", &Bpe::encode_ordinary_numpy, py::arg("text"))
       .def("encode_bytes", &Bpe::encode_bytes, py::arg("data"))
       .def("encode_bytes_numpy", &Bpe::encode_bytes_numpy, py::arg("data"))
       .def("encode", &Bpe::encode, py::arg("text"), py::arg("allowed"))
@@ -323,8 +334,10 @@ PYBIND11_MODULE(_bpe, m) {
       .def_property_readonly("slots", &Bpe::slots)
       .def_property_readonly("token_count", &Bpe::token_count)
       .def_property_readonly("max_token_bytes", &Bpe::max_token_bytes);
-  bpe.attr("encode_ordinary") = py::reinterpret_steal<py::object>(
-      PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(bpe.ptr()), &kEncodeOrdinary));
+  for (PyMethodDef& method : kPlainMethods) {
+    bpe.attr(method.ml_name) =
+        py::reinterpret_steal<py::object>(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(bpe.ptr()), &method));
+  }
 
   bind_trainer(m);
 }

@@ -64,6 +64,7 @@ class Bytes {
 };
 
 Ids to_numpy(IdBuffer& ids);
+Ids to_numpy(const uint32_t* ids, size_t size);
 py::array_t<uint64_t> to_numpy(const std::vector<uint64_t>& values);
 
 std::optional<Pattern> optional_pattern(const std::optional<std::string>& name);

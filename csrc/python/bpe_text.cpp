@@ -1,4 +1,5 @@
 // Texts and arrays of Python for the tokenizer.
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 
@@ -23,6 +24,18 @@ Ids to_numpy(IdBuffer& ids) {
   const py::capsule capsule(owner.get(), [](void* p) { delete static_cast<IdBuffer*>(p); });
   owner.release();
   return Ids({kept.size()}, {sizeof(uint32_t)}, kept.data(), capsule);
+}
+
+// By NumPy's own function: pybind11's constructor takes as long as encoding a short text.
+Ids to_numpy(const uint32_t* ids, size_t size) {
+  const auto& numpy = py::detail::npy_api::get();
+  const py::ssize_t shape = static_cast<py::ssize_t>(size);
+  PyObject* const type = py::dtype::of<uint32_t>().release().ptr();  // the array keeps it
+  auto array = py::reinterpret_steal<Ids>(
+      numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, type, 1, &shape, nullptr, nullptr, 0, nullptr));
+  if (!array) throw py::error_already_set();
+  std::memcpy(array.mutable_data(), ids, size * sizeof(uint32_t));
+  return array;
 }
 
 py::array_t<uint64_t> to_numpy(const std::vector<uint64_t>& values) {

@@ -71,9 +71,11 @@ class Tokenizer(Encoding):
         self._tokens = dict(tokens)
         self._merges = list(merges) if merges is not None else []
         self._bpe = Bpe(self._tokens, list(self.special_tokens.items()), self._merges, self.pattern_name, whole_first)
-        if self.pattern_name and type(self).encode_ordinary is Tokenizer.encode_ordinary:
+        if self.pattern_name:
             # For a short string a Python function in between takes a fifth of the time.
-            self.__dict__["encode_ordinary"] = self._bpe.encode_ordinary
+            for method in ("encode_ordinary", "encode_ordinary_numpy"):
+                if getattr(type(self), method) is getattr(Tokenizer, method):
+                    self.__dict__[method] = getattr(self._bpe, method)
         self.special_tokens_set = set(self.special_tokens)
         self._special_ids = frozenset(self.special_tokens.values())
 
