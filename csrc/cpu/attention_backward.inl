@@ -37,8 +37,9 @@ struct BackwardTask {
   int64_t wide, depth, row_ld;  // dim in whole vectors, in terms, in terms of a packed row
   int columns;
   Element *q_columns, *do_columns;  // (depth, kBlock): transposed
-  Element *q_pairs, *do_pairs;      // (kBlock / kTerms, wide)
-  Element *k_room, *v_room;         // (kBlock, row_ld): packed, where they cannot be read in place
+  Element *q_room, *do_room;        // (kBlock / kTerms, wide): packed pairs, where they cannot be read in place
+  Rows<Math> q_pairs, do_pairs;
+  Element *k_room, *v_room;  // (kBlock, row_ld): packed, where they cannot be read in place
   Rows<Math> k_rows, v_rows;
   Element* k_pairs_room;  // (kBlock / kTerms, wide); k_room itself where an element is a float
   Rows<Math> k_pairs;
@@ -57,7 +58,7 @@ struct BackwardTask {
         columns(static_cast<int>(wide / kLanes)) {
     const int64_t block = Arena::room(kBlock * wide), square = kBlock * kBlock;
     Arena arena(8 * block + 6 * square + 2 * kBlock);
-    for (Element** p : {&q_columns, &do_columns, &q_pairs, &do_pairs}) *p = arena.take<Element>(kBlock * wide);
+    for (Element** p : {&q_columns, &do_columns, &q_room, &do_room}) *p = arena.take<Element>(kBlock * wide);
     k_room = arena.take<Element>(kBlock * row_ld);
     v_room = arena.take<Element>(kBlock * row_ld);
     s = arena.take<float>(square);
@@ -80,8 +81,8 @@ struct BackwardTask {
     const T* d_out = at<const T>(a.do_, b, h, i0);
     Pack<Math>::columns(q, a.q.stride_t, nq, a.dim, q_columns, kBlock);
     Pack<Math>::columns(d_out, a.do_.stride_t, nq, a.dim, do_columns, kBlock);
-    Pack<Math>::pairs(q, a.q.stride_t, nq, a.dim, q_pairs, wide);
-    Pack<Math>::pairs(d_out, a.do_.stride_t, nq, a.dim, do_pairs, wide);
+    q_pairs = pairs_of<Math>(q, a.q.stride_t, nq, a.dim, q_room, wide);
+    do_pairs = pairs_of<Math>(d_out, a.do_.stride_t, nq, a.dim, do_room, wide);
     std::copy_n(a.lse + (b * a.heads + h) * a.queries + i0, nq, lse);
     std::fill(lse + nq, lse + kBlock, 0.0f);
     for (int64_t r = 0; r < nq; ++r) delta[r] = dot(d_out + r * a.do_.stride_t, at<const T>(a.o, b, h, i0 + r));
@@ -174,15 +175,15 @@ struct BackwardTask {
   }
 
   // out (+)= rows * B for every key: dV from P and dO, dK from dS and Q.
-  void add_to_keys(const Window& w, const Element* rows, const Element* pairs, int64_t nq, bool fresh, float* out,
+  void add_to_keys(const Window& w, const Element* rows, const Rows<Math>& pairs, int64_t nq, bool fresh, float* out,
                    const Ahead<T>& result) {
     for (int j = 0; j < w.keys; j += kTileRows) {
       result.template fetch<true>(j, kTileRows);
       const int64_t skip = w.first_vector(j) * kLanes / kTerms;
       const int64_t terms = std::max<int64_t>(0, (nq + kTerms - 1) / kTerms - skip);
       if (terms == 0 && !fresh) continue;
-      add_tile<false>(rows + j * (kBlock / kTerms) + skip, kBlock / kTerms, {pairs + skip * wide, wide}, terms, fresh,
-                      out + j * wide);
+      add_tile<false>(rows + j * (kBlock / kTerms) + skip, kBlock / kTerms, {pairs.at + skip * pairs.ld, pairs.ld},
+                      terms, fresh, out + j * wide);
     }
     if (fresh) std::fill(out + round_up(w.keys, kTileRows) * wide, out + kBlock * wide, 0.0f);  // for later queries
   }

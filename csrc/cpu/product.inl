@@ -83,6 +83,16 @@ void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, typename
   }
 }
 
+// Rows [r0, r0 + height) of A where they lie, if that is how they would be packed, else null.
+template <class Math>
+INLINE const typename Math::Element* rows_in_place(const Matrix& a, int64_t r0, int64_t height, int64_t lda) {
+  using Element = typename Math::Element;
+  const bool same_type = (a.dtype == DType::kBFloat16) == (Math::kTerms == 2);
+  if (!same_type || height % kProductRows || a.stride != lda * Math::kTerms) return nullptr;
+  const void* rows = a.from(r0, 0).data;
+  return reinterpret_cast<uintptr_t>(rows) % sizeof(Element) ? nullptr : static_cast<const Element*>(rows);
+}
+
 template <class Math, bool kTransposed, int kColumns>
 void product_tile(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t depth,
                   float* tile) {
@@ -158,8 +168,11 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
       float* tile = static_cast<float*>(packed_memory<2>(kProductRows * kPanel * sizeof(float)));
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
         const int64_t r0 = block_row(i), height = std::min(block_row(i + 1), rows) - r0;
-        if (kTransposedA) {
+        const Element* block = rows_of_a;
+        if constexpr (kTransposedA) {
           with_matrix(a, 0, r0, [&](auto* x) { pack_strips<Math>(x, a.stride, depth, height, rows_of_a); });
+        } else if (const Element* in_place = rows_in_place<Math>(a, r0, height, lda)) {
+          block = in_place;
         } else {
           with_matrix(a, r0, 0, [&](auto* x) { pack_rows<Math>(x, a.stride, height, depth, rows_of_a, lda); });
         }
@@ -169,7 +182,7 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
           for (int64_t r = 0; r < height; r += kProductRows) {
             // Rows beyond the height hold an earlier block's numbers: computed, never stored.
             prefetch(r0 + r, c, static_cast<int>(std::min<int64_t>(kProductRows, height - r)), width);
-            const Element* from = rows_of_a + r / kProductRows * strip_size;
+            const Element* from = block + r / kProductRows * strip_size;
             const auto tiles = [&](auto wide) {
               product_tile<Math, kTransposedA, decltype(wide)::value>(from, lda, packed + p * panel_size, steps, tile);
             };
