@@ -204,11 +204,13 @@ def _only_the_engine_looks(args: tuple[Any, ...], autocast: bool) -> bool:
         return False
     first = None
     for arg in args:
-        for x in arg if type(arg) is list else (arg,):
-            if isinstance(x, torch.Tensor):
-                if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_meta or x.is_neg():
+        for x in arg if type(arg) is list else (arg,) if isinstance(arg, torch.Tensor) else ():
+            if type(x) in _PLAIN:
+                if x.layout is not torch.strided or x.is_meta or x.is_neg():
                     return False
                 first = x if first is None else first
+            elif isinstance(x, torch.Tensor):
+                return False
     return first is not None and not (autocast and torch.is_autocast_enabled(first.device.type))
 
 

@@ -265,10 +265,8 @@ def transformer_block(
     Raises:
         ValueError: shapes that do not fit, an unknown activation, a probability outside of [0, 1].
     """
-    return transformer_block_with_qkv(
-        input, params, n_head=n_head, n_kv_head=n_kv_head, activation=activation, eps=eps,
-        attention_dropout=attention_dropout, dropout=dropout, seeds=seeds,
-    )[0]  # fmt: skip
+    n_kv_head = n_head if n_kv_head is None else n_kv_head
+    return _checked(input, params, n_head, n_kv_head, activation, eps, attention_dropout, dropout, seeds)[0]
 
 
 def transformer_block_with_qkv(
@@ -285,13 +283,30 @@ def transformer_block_with_qkv(
 ) -> tuple[Tensor, Tensor]:
     """`transformer_block`, and the queries, keys and values it made, (B, T, (H + 2 H_kv) D) in the dtype between the products: for a
     cache. They carry no gradient and share memory with what the backward reads, so that they are not to be written to."""
+    n_kv_head = n_head if n_kv_head is None else n_kv_head
+    y, kept = _checked(input, params, n_head, n_kv_head, activation, eps, attention_dropout, dropout, seeds)
+    rows, out = input.shape[0] * input.shape[1], params[2].shape[0]  # type: ignore[union-attr]
+    return y, kept[: rows * out].view(*input.shape[:2], out)
+
+
+def _checked(
+    input: Tensor,
+    params: Sequence[Tensor | None],
+    n_head: int,
+    n_kv_head: int,
+    activation: str,
+    eps: float,
+    attention_dropout: float,
+    dropout: float,
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The op's y and what it keeps between the products, after the checks of the public functions."""
     if input.dim() != 3 or len(params) != 12:
         raise ValueError(
             f"transformer_block: got input {tuple(input.shape)} and {len(params)} parameters, expected (B, T, C) and 12"
         )
     if activation not in KINDS:
         raise ValueError(f"transformer_block: activation is {activation!r}, expected one of {', '.join(KINDS)}")
-    n_kv_head = n_head if n_kv_head is None else n_kv_head
     width = input.shape[-1]
     if n_head < 1 or width % n_head or n_kv_head < 1 or n_head % n_kv_head:
         raise ValueError(f"transformer_block: {n_head} heads and {n_kv_head} key heads do not fit a width of {width}")
@@ -319,5 +334,4 @@ def transformer_block_with_qkv(
     keeps = torch.is_grad_enabled() and (input.requires_grad or any(p is not None and p.requires_grad for p in params))
     drops = (seeds, attention_dropout, dropout)
     y, _, kept, _ = _transformer_block(input, *params, n_head, n_kv_head, eps, activation, inner, *drops, keeps)
-    rows = input.shape[0] * input.shape[1]
-    return y, kept[: rows * out].view(*input.shape[:2], out)
+    return y, kept
