@@ -1,5 +1,6 @@
 """The GPU benchmark on a machine without one: its plan, the rounds, the deadline, and the whole way to a result file, on the CPU."""
 
+import functools
 import json
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 
 from fastgpt.benchmarks.gpu import __main__ as command
 from fastgpt.benchmarks.gpu import cases as all_cases
-from fastgpt.benchmarks.gpu.kit import Case, Kit, Made
+from fastgpt.benchmarks.gpu.kit import Case, Kit, Made, both
 from fastgpt.benchmarks.gpu.step import train_step
 from fastgpt.benchmarks.gpu.timing import MIN_ROUNDS, WallTimer, measure
-from fastgpt.benchmarks.harness import Variant
+from fastgpt.benchmarks.variants import Variant
 
 
 class Clock:
@@ -140,6 +141,25 @@ def test_torch_compile_needs_time(tmp_path):
     run.cases([Case("sum", name, "fp32", (1,), make) for name in "ab"])
     assert seen == [True, False]
     assert run.kit.compiles
+
+
+def test_every_case_is_compiled(tmp_path, monkeypatch):
+    """Without a reset torch.compile stops after eight of torch's functions, whose code is one to it, and runs eager."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def make(kit):
+        bind = both((torch.ones(2),), torch.ones(2))
+        return Made(kit.torchs(torch.relu, bind), lambda: (torch.ones(2, dtype=torch.float64),), tuple)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    run = run_of(tmp_path, limit_s=1e6)
+    run.kit.compiles = True
+    run.cases([Case("relu", str(i), "fp32", (2,), make) for i in range(10)])
+    assert len(compiled) == len(written(tmp_path, "relu")["cases"]) == 10
 
 
 def test_the_dry_run_names_every_case(capsys):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops import reference
 
-from ..harness import Variant
+from ..variants import Variant
 from .kit import Case, Kit, Made, both
 
 SEED = 7

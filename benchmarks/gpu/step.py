@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.optimizer import build_optimizer, clip_scale
 
-from ..harness import Variant
 from ..plain_gpt import PlainGPT, plain_optimizer
+from ..variants import Variant
 from .kit import Case, Kit, Made
 
 OPTIMIZER: dict[str, Any] = {"learning_rate": 6e-4, "weight_decay": 0.1, "betas": (0.9, 0.95)}
