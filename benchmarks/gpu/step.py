@@ -92,7 +92,7 @@ def train_step(batch: int, small: bool = False) -> Case:
             return model.to(kit.device)
 
         def variant(name: str, model: nn.Module, call: Any = None) -> Variant:
-            step = Step(model, call or model, data)
+            step = Step(model, model if call is None else call, data)  # a compiled module has no truth value
             return Variant(name, step.run, ours=step.is_ours, first=step.gradients, optional=True)
 
         names = ["fastgpt", "torch eager", *(["nanoGPT's way (torch.compile)"] if kit.compiles else [])]
