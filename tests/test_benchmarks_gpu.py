@@ -2,16 +2,19 @@
 
 import functools
 import json
+import os
 
 import pytest
 import torch
 
+from fastgpt import ops
 from fastgpt.benchmarks.gpu import __main__ as command
 from fastgpt.benchmarks.gpu import cases as all_cases
-from fastgpt.benchmarks.gpu.kit import Case, Kit, Made, both
+from fastgpt.benchmarks.gpu.kit import HOPPER, Case, Kit, Made, both
 from fastgpt.benchmarks.gpu.step import train_step
 from fastgpt.benchmarks.gpu.timing import MIN_ROUNDS, WallTimer, measure
 from fastgpt.benchmarks.variants import Variant
+from fastgpt.ops import backend
 
 
 class Clock:
@@ -171,6 +174,24 @@ def test_the_dry_run_names_every_case(capsys):
         assert f"{one.op:20} {command.name_of(one)}" in shown
     assert "train_step" in shown
     assert "torch SDPA cuDNN" in shown
+    assert "fastgpt cuda, sm_80, fastgpt cuda, sm_90" in shown
+
+
+def test_both_sets_of_attention_kernels_on_hopper(monkeypatch):
+    kit = Kit("cpu", ["cuda"], False, 1)
+    monkeypatch.setattr(kit, "_is_hopper", lambda: True)
+    monkeypatch.setattr(backend, "unavailable", lambda engine: None)
+    monkeypatch.setenv(HOPPER, "0")
+    variants = kit.ours(lambda: (os.environ[HOPPER], ops.get_backend()), chips=True)
+    assert {v.name: v.run() for v in variants} == {
+        "fastgpt cuda, sm_80": ("0", "cuda"),
+        "fastgpt cuda, sm_90": ("1", "cuda"),
+    }
+    assert os.environ[HOPPER] == "0"
+    monkeypatch.delenv(HOPPER)
+    variants[1].run()
+    assert HOPPER not in os.environ
+    assert [v.name for v in kit.ours(lambda: None)] == ["fastgpt cuda"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

@@ -42,7 +42,7 @@ def attention(batch: int, heads: int, time: int, dim: int, causal: bool, dtype: 
 
             return function
 
-        variants = kit.ours(bind(lambda *x: ops.attention(*x, is_causal=causal)))
+        variants = kit.ours(bind(lambda *x: ops.attention(*x, is_causal=causal)), chips=True)
         variants.append(Variant("torch SDPA", bind(in_torch)))
         if kit.device.type != "cpu":
             for name, backend in SDPA.items():

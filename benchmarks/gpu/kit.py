@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastgpt import ops
 from ..variants import DTYPES, Variant, error_of
 
 Function = Callable[..., Any]
+HOPPER = "FASTGPT_CUDA_SM90"  # see fastgpt/ops/cuda_attention.py
 
 
 @dataclasses.dataclass
@@ -64,17 +66,38 @@ class Kit:
             return torch.empty(shape, dtype=torch.int64, device=self.device)
         return torch.randint(most, shape, generator=self._generator, device=self.device)
 
-    def ours(self, run: Callable[[], Any]) -> list[Variant]:
-        """The call on each of fastgpt's engines; one that has no such op or does not cover it is left out, and the result says so."""
+    def ours(self, run: Callable[[], Any], chips: bool = False) -> list[Variant]:
+        """The call on each of fastgpt's engines; one that has no such op or does not cover it is left out, and the result says so.
 
-        def on(engine: str) -> Callable[[], Any]:
+        `chips`: the engine `cuda` has kernels of its own for Hopper, behind a switch; there both are variants.
+        """
+
+        def on(engine: str, hopper: str | None = None) -> Callable[[], Any]:
             def forced() -> Any:
-                with ops.use_backend(engine):
-                    return run()
+                before = os.environ.get(HOPPER)
+                if hopper is not None:
+                    os.environ[HOPPER] = hopper
+                try:
+                    with ops.use_backend(engine):
+                        return run()
+                finally:
+                    if hopper is not None:
+                        os.environ.pop(HOPPER) if before is None else os.environ.update({HOPPER: before})
 
             return forced
 
-        return [Variant(f"fastgpt {engine}", on(engine), ours=True, optional=True) for engine in self.engines]
+        found = []
+        for engine in self.engines:
+            if engine == "cuda" and chips and self._is_hopper():
+                found += [(f"fastgpt cuda, sm_{chip}", on(engine, str(int(chip == 90)))) for chip in (80, 90)]
+            else:
+                found.append((f"fastgpt {engine}", on(engine)))
+        return [Variant(name, call, ours=True, optional=True) for name, call in found]
+
+    def _is_hopper(self) -> bool:
+        return self.device.type != "cpu" and (
+            self.device.type == "meta" or torch.cuda.get_device_capability(self.device) == (9, 0)
+        )
 
     def torchs(self, function: Function, bind: "Bind") -> list[Variant]:
         """torch eager, and compiled for static shapes."""
