@@ -229,6 +229,7 @@ def dry_run(cases: Sequence[Case]) -> None:
 def work(given: argparse.Namespace, cases: Sequence[Case], command: str) -> int:
     """A worker: measures from where the state says, and leaves its exit code there."""
     state = State(given.state)
+    state.write()  # the worker's first word
     device = "cpu" if given.small else "cuda"
     candidates = ("cpu",) if given.small else ("triton", "cuda")
     reasons = {engine: backend.unavailable(engine) for engine in candidates}

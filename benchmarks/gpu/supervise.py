@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 STALL_S = 150.0  # a first torch.compile of GPT-2 takes more than a minute
+START_S = 120.0  # until a worker's first word: imports
 MAX_STARTS = 8
 POLL_S = 0.2
 
@@ -105,16 +106,16 @@ def supervise(command: Sequence[str], file: Path, seconds: float, stall_s: float
 
 def _watch(worker: subprocess.Popen[bytes], file: Path, end: float, stall_s: float) -> str:
     """How the worker ended: by itself, or because it has to."""
-    seen, since = file.stat().st_mtime_ns, time.monotonic()
+    seen, since, limit = file.stat().st_mtime_ns, time.monotonic(), max(stall_s, START_S)
     while worker.poll() is None:
         time.sleep(POLL_S)
         now, written = time.monotonic(), file.stat().st_mtime_ns
         if written != seen:
-            seen, since = written, now
+            seen, since, limit = written, now, stall_s
         if now >= end:
             return "the time was over"
-        if now - since > stall_s:
-            return f"nothing happened for {stall_s:.0f} s"
+        if now - since > limit:
+            return f"nothing happened for {limit:.0f} s"
     code = worker.returncode
     return (
         f"the process ended by signal {signal.Signals(-code).name}"
