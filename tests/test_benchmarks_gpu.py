@@ -115,6 +115,21 @@ def test_a_wrong_variant_is_left_out_with_its_error(tmp_path):
     assert "other" in result["left_out"]
 
 
+def test_a_variant_that_fails_only_when_timed_is_left_out(tmp_path):
+    def run():
+        raise RuntimeError("no room to compile")
+
+    def make(kit):
+        made = case("a", {"torch eager": 1.0}).make(kit)
+        made.variants.append(Variant("compiled", run, first=lambda: torch.tensor([1.0])))
+        return made
+
+    run_of(tmp_path).cases([Case("sum", "a", "fp32", (1,), make)])
+    result = written(tmp_path)
+    assert [v["name"] for v in result["cases"][0]["variants"]] == ["torch eager"]
+    assert result["cases"][0]["left_out"] == {"compiled": "RuntimeError: no room to compile"}
+
+
 def test_a_case_that_raises_ends_only_itself(tmp_path):
     def make(kit):
         raise RuntimeError("no room")

@@ -195,6 +195,8 @@ def checked(
         try:
             found = made.pick((variant.first or variant.run)())
             wrong = [made.error(f, r) for f, r in zip(found, right, strict=True)]
+            if variant.first is not None:
+                variant.run()  # which may be compiled only now
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except Exception as error:
