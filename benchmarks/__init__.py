@@ -21,9 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fastgpt.errors import UserError
-
 FOLDER = Path(__file__).parent
+_CHECKOUT = FOLDER.resolve().parent
+if __name__ == "benchmarks" and not any((_CHECKOUT / "fastgpt").glob("_*.so")):
+    # `python -m benchmarks.x` in a checkout puts the checkout first, whose folder fastgpt lacks the compiled modules: the installed
+    # package is meant, where there is one.
+    _last = [place for place in sys.path if Path(place or ".").resolve() == _CHECKOUT]
+    sys.path[:] = [place for place in sys.path if place not in _last] + _last
+
+from fastgpt.errors import UserError  # noqa: E402
+
 _NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 
 

@@ -56,7 +56,11 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """fastgpt's and its neighbours' versions."""
-    return {**info.versions(), "pytest-benchmark": importlib.metadata.version("pytest-benchmark")}
+    try:
+        timer: str | None = importlib.metadata.version("pytest-benchmark")
+    except importlib.metadata.PackageNotFoundError:  # the GPU benchmark does without
+        timer = None
+    return {**info.versions(), "pytest-benchmark": timer}
 
 
 def now() -> str:

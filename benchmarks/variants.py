@@ -1,18 +1,20 @@
 """Variants of one computation: held to the exact result, then timed in turns. harness.py says in which order, and why.
 
-Clock and statistics are pytest-benchmark's.
+Statistics are pytest-benchmark's, which is not needed to import this module: the GPU benchmark does without.
 """
 
 import dataclasses
 import gc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytest_benchmark.stats import Metadata
-from pytest_benchmark.timers import default_timer
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pytest_benchmark.stats import Metadata
 
 ROUND_S = 0.02
 MIN_ROUNDS, MAX_ROUNDS = 7, 25
@@ -99,7 +101,7 @@ def check(variants: Sequence[Variant], errors: Sequence[Sequence[float]], dtype:
             raise DisagreementError(f"{variant.name}: relative errors against float64: {shown}")
 
 
-def time_round(variant: Variant, iterations: int, timer: Callable[[], float] = default_timer) -> float:
+def time_round(variant: Variant, iterations: int, timer: Callable[[], float] = perf_counter) -> float:
     """Seconds that `iterations` calls take together, with garbage collection off."""
     if variant.before is not None:
         variant.before()
@@ -116,7 +118,7 @@ def time_round(variant: Variant, iterations: int, timer: Callable[[], float] = d
             gc.enable()
 
 
-def calibrate(variant: Variant, round_s: float, timer: Callable[[], float] = default_timer) -> int:
+def calibrate(variant: Variant, round_s: float, timer: Callable[[], float] = perf_counter) -> int:
     """How many calls take at least `round_s` seconds; warms the variant up on the way."""
     iterations = 1
     while (took := time_round(variant, iterations, timer)) < round_s:
@@ -127,12 +129,12 @@ def calibrate(variant: Variant, round_s: float, timer: Callable[[], float] = def
 
 def measure(
     variants: Sequence[Variant],
-    statistics: Callable[[Variant, int], Metadata],
+    statistics: "Callable[[Variant, int], Metadata]",
     *,
     quick: bool = False,
     rounds: int | None = None,
-    timer: Callable[[], float] = default_timer,
-) -> list[Metadata]:
+    timer: Callable[[], float] = perf_counter,
+) -> "list[Metadata]":
     """Time the variants in turns.
 
     Args:

@@ -102,11 +102,23 @@ def square_sum_kernel(
 
 
 @functools.lru_cache(_KEPT_TABLES)
+def _table(rows: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(rows + 1, tensors) int64: the addresses and below them the sizes."""
+    return torch.tensor([*rows, sizes], dtype=torch.int64).to(device)
+
+
+@functools.lru_cache(_KEPT_TABLES)
+def _programs(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(programs, 2) int64: each program's tensor and block. Apart from the addresses, which change where gradients are made anew at
+    each step: a model of 124M parameters has 60,000 programs."""
+    blocks = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes], dtype=torch.int64)
+    tensors = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
+    firsts = torch.repeat_interleave(blocks.cumsum(0) - blocks, blocks)
+    return torch.stack((tensors, torch.arange(len(tensors)) - firsts), dim=1).to(device)
+
+
 def _tables(rows: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows + 1, tensors) int64, the addresses and below them the sizes, and (programs, 2) int64."""
-    programs = [(t, block) for t, size in enumerate(sizes) for block in range(triton.cdiv(size, BLOCK))]
-    table = torch.tensor([*rows, sizes], dtype=torch.int64)
-    return table.to(device), torch.tensor(programs, dtype=torch.int64).reshape(-1, 2).to(device)
+    return _table(rows, sizes, device), _programs(sizes, device)
 
 
 @functools.lru_cache(_KEPT_TABLES)

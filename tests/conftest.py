@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 import torch  # noqa: F401  before _cpu, so that both share one OpenMP
 
-from fastgpt import _cpu
-from fastgpt.nn import fallback
+ROOT = Path(__file__).resolve().parent.parent
+if not any(
+    (ROOT / "fastgpt").glob("_*.so")
+):  # `python -m pytest` puts the checkout first; the installed package is meant
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT]
+
+from fastgpt import _cpu  # noqa: E402
+from fastgpt.nn import fallback  # noqa: E402
 
 # Child processes must find the installed package, not the source folder that the tests are started from.
 os.environ["PYTHONSAFEPATH"] = "1"

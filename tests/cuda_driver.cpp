@@ -26,15 +26,22 @@ FILE* log() {
   return file;
 }
 
-std::string last_function;
+std::string context;
+thread_local void* current = nullptr;  // of a thread that the runtime knows; FASTGPT_TEST_NO_CONTEXT: none is
 
 }  // namespace
 
 extern "C" {
 int cuInit(unsigned) { return 0; }
 int cuDeviceGetCount(int* count) { return *count = 1, 0; }
-int cuCtxGetCurrent(void** context) { return *context = &last_function, 0; }
-int cuCtxGetDevice(int* device) { return *device = 0, 0; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
+int cuCtxGetCurrent(void** found) {
+  if (std::getenv("FASTGPT_TEST_NO_CONTEXT") == nullptr) current = &context;
+  return *found = current, 0;
+}
+int cuDevicePrimaryCtxRetain(void** found, int) { return *found = &context, 0; }
+int cuCtxSetCurrent(void* given) { return current = given, 0; }
+int cuCtxGetDevice(int* device) { return *device = 0, current == nullptr ? 201 : 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
   const char* chip = std::getenv("FASTGPT_TEST_CHIP");  // such as "90"
   *value = attribute == 75 ? chip[0] - '0' : attribute == 76 ? chip[1] - '0' : 132;

@@ -1,16 +1,20 @@
 """The GPU benchmark on a machine without one: its plan, the rounds, the deadline, and the whole way to a result file, on the CPU."""
 
+import functools
 import json
+import os
 
 import pytest
 import torch
 
+from fastgpt import ops
 from fastgpt.benchmarks.gpu import __main__ as command
 from fastgpt.benchmarks.gpu import cases as all_cases
-from fastgpt.benchmarks.gpu.kit import Case, Kit, Made
+from fastgpt.benchmarks.gpu.kit import HOPPER, Case, Kit, Made, both
 from fastgpt.benchmarks.gpu.step import train_step
 from fastgpt.benchmarks.gpu.timing import MIN_ROUNDS, WallTimer, measure
-from fastgpt.benchmarks.harness import Variant
+from fastgpt.benchmarks.variants import Variant
+from fastgpt.ops import backend
 
 
 class Clock:
@@ -64,9 +68,10 @@ def test_rounds_go_through_all_variants_in_turns():
     assert len(measure(variants, timer, lambda: 1e9 * len(calls))[0].seconds) == MIN_ROUNDS
 
 
-def test_every_case_of_the_small_plan_on_the_cpu(tmp_path):
+def test_every_case_of_the_small_plan_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     cases = [*all_cases.plan(small=True), train_step(2, small=True)]
-    run = command.Run(tmp_path, Kit("cpu", ["cpu"], False, 1), WallTimer())
+    run = command.Run(tmp_path, Kit("cpu", ["cpu"], True, 1), WallTimer())
     run.measure_ceilings(1 << 12, 16)
     run.end = run.clock() + 60
     quick = command.measure
@@ -85,6 +90,7 @@ def test_every_case_of_the_small_plan_on_the_cpu(tmp_path):
             names = {v["name"] for v in row["variants"]}
             assert "fastgpt cpu" in names or "fastgpt" in names, (op, row["left_out"])
             assert any(not v["ours"] for v in row["variants"]), (op, row["left_out"])
+            assert row["left_out"] == {}, op
             assert all(v["median_ms"] > 0 and v["errors"] for v in row["variants"])
 
 
@@ -107,6 +113,21 @@ def test_a_wrong_variant_is_left_out_with_its_error(tmp_path):
     assert [v["name"] for v in result["variants"]] == ["torch eager", "third"]
     assert "relative errors against float64: 0.1 (limit" in result["left_out"]["fastgpt cpu"]
     assert "other" in result["left_out"]
+
+
+def test_a_variant_that_fails_only_when_timed_is_left_out(tmp_path):
+    def run():
+        raise RuntimeError("no room to compile")
+
+    def make(kit):
+        made = case("a", {"torch eager": 1.0}).make(kit)
+        made.variants.append(Variant("compiled", run, first=lambda: torch.tensor([1.0])))
+        return made
+
+    run_of(tmp_path).cases([Case("sum", "a", "fp32", (1,), make)])
+    result = written(tmp_path)
+    assert [v["name"] for v in result["cases"][0]["variants"]] == ["torch eager"]
+    assert result["cases"][0]["left_out"] == {"compiled": "RuntimeError: no room to compile"}
 
 
 def test_a_case_that_raises_ends_only_itself(tmp_path):
@@ -142,6 +163,25 @@ def test_torch_compile_needs_time(tmp_path):
     assert run.kit.compiles
 
 
+def test_every_case_is_compiled(tmp_path, monkeypatch):
+    """Without a reset torch.compile stops after eight of torch's functions, whose code is one to it, and runs eager."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def make(kit):
+        bind = both((torch.ones(2),), torch.ones(2))
+        return Made(kit.torchs(torch.relu, bind), lambda: (torch.ones(2, dtype=torch.float64),), tuple)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    run = run_of(tmp_path, limit_s=1e6)
+    run.kit.compiles = True
+    run.cases([Case("relu", str(i), "fp32", (2,), make) for i in range(10)])
+    assert len(compiled) == len(written(tmp_path, "relu")["cases"]) == 10
+
+
 def test_the_dry_run_names_every_case(capsys):
     assert command.main(["--dry-run"]) == 0
     shown = capsys.readouterr().out
@@ -149,6 +189,24 @@ def test_the_dry_run_names_every_case(capsys):
         assert f"{one.op:20} {command.name_of(one)}" in shown
     assert "train_step" in shown
     assert "torch SDPA cuDNN" in shown
+    assert "fastgpt cuda, sm_80, fastgpt cuda, sm_90" in shown
+
+
+def test_both_sets_of_attention_kernels_on_hopper(monkeypatch):
+    kit = Kit("cpu", ["cuda"], False, 1)
+    monkeypatch.setattr(kit, "_is_hopper", lambda: True)
+    monkeypatch.setattr(backend, "unavailable", lambda engine: None)
+    monkeypatch.setenv(HOPPER, "0")
+    variants = kit.ours(lambda: (os.environ[HOPPER], ops.get_backend()), chips=True)
+    assert {v.name: v.run() for v in variants} == {
+        "fastgpt cuda, sm_80": ("0", "cuda"),
+        "fastgpt cuda, sm_90": ("1", "cuda"),
+    }
+    assert os.environ[HOPPER] == "0"
+    monkeypatch.delenv(HOPPER)
+    variants[1].run()
+    assert HOPPER not in os.environ
+    assert [v.name for v in kit.ours(lambda: None)] == ["fastgpt cuda"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

@@ -184,9 +184,9 @@ print(asked)
 """
 
 
-def run_launchers(folder: Path, cache: Path, **environment: str) -> list[str]:
+def run_launchers(folder: Path, cache: Path, program: str = RUN, **environment: str) -> list[str]:
     variables = os.environ | {"FASTGPT_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    command = [sys.executable, "-P", "-c", RUN, str(folder / "launchers.so")]
+    command = [sys.executable, "-P", "-c", program, str(folder / "launchers.so")]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -223,6 +223,32 @@ def test_launchers_compile_load_and_launch(launchers, tmp_path):
     assert steps[5] == ["map", "9", "4"]  # bf16, four dimensions
     assert steps[10][1] == "8"  # more than 48 KB, as many as the launch asks for
     assert steps[11][2:9] == ["6", "1", "1", "384", "1", "1", steps[10][2]]
+
+
+@compiles
+def test_a_thread_without_a_context_gets_the_first_devices(launchers, tmp_path):
+    """As with the runtime; a thread that has called nothing of CUDA has none."""
+    recorded = {"FASTGPT_CUDA_DRIVER": str(launchers / "driver.so"), "FASTGPT_TEST_DRIVER_LOG": str(tmp_path / "log")}
+    lines = run_launchers(launchers, tmp_path, FASTGPT_TEST_CHIP="90", FASTGPT_TEST_NO_CONTEXT="1", **recorded)
+    assert lines[:5] == ["None"] * 5
+
+
+@compiles
+def test_a_compile_holds_up_no_other_threads_launch(launchers, tmp_path):
+    """The compiler is Python code and gives up Python's lock: a thread that waited with it for ours would never return."""
+    recorded = {"FASTGPT_CUDA_DRIVER": str(launchers / "driver.so"), "FASTGPT_TEST_DRIVER_LOG": str(tmp_path / "log")}
+    other = (
+        "def compile(expression, major, minor, code, size):\n"
+        "    if asked:\n"
+        "        import threading\n"
+        "        thread = threading.Thread(target=lib.test_dropout, args=(1, 8192, 5000, 7), daemon=True)\n"
+        "        thread.start(), thread.join(20)\n"
+        "        print('waits' if thread.is_alive() else 'runs', flush=True)\n"
+    )
+    program = RUN.replace("def compile(expression, major, minor, code, size):\n", other)
+    lines = run_launchers(launchers, tmp_path, program, FASTGPT_TEST_CHIP="90", **recorded)
+    assert lines.count("runs") == 2
+    assert "waits" not in lines
 
 
 @compiles

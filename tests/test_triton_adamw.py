@@ -6,6 +6,7 @@ from parity import assert_parity, random
 from triton_engine import DEVICE, gpu, opcheck, triton_engine  # noqa: F401
 
 from fastgpt import ops
+from fastgpt.kernels import adamw
 from fastgpt.ops import graphs, reference
 
 pytestmark = pytest.mark.usefixtures("triton_engine")
@@ -82,6 +83,16 @@ def test_tables_follow_the_tensors():
     assert not torch.equal(updated, kept)
     torch.testing.assert_close(first[0][0], updated, rtol=0, atol=0)
     torch.testing.assert_close(second[0][0], updated, rtol=0, atol=0)
+
+
+def test_programs_are_not_listed_again_for_new_addresses():
+    """Gradients that each step makes anew lie elsewhere; listing a large model's programs takes longer than its update."""
+    adamw._programs.cache_clear()
+    for _ in range(3):
+        update([here(tensors) for tensors in lists([(4100,), (3,), (0,), (2048,)])], weight_decay=0.1)
+    assert adamw._programs.cache_info().misses == 1
+    programs = adamw._programs((4100, 3, 0, 2048), torch.device(DEVICE)).tolist()
+    assert programs == [[0, 0], [0, 1], [0, 2], [1, 0], [3, 0]]
 
 
 def test_grad_norm():

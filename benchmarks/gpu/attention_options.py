@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops import reference
 
-from ..harness import Variant
+from ..variants import Variant
 from .kit import Case, Kit, Made, both
 
 SEED = 7
@@ -52,7 +52,7 @@ def attention_with(option: str, batch: int, heads: int, time: int, dim: int, dty
             return (torch.softmax(scores, -1) * kept) @ v
 
         bind = both(leaves, grad)
-        variants = kit.ours(bind(lambda *x: ops.attention(*x, is_causal=True, **more)))
+        variants = kit.ours(bind(lambda *x: ops.attention(*x, is_causal=True, **more)), chips=True)
         variants.append(Variant("torch, same mask", bind(in_torch)))
 
         def picked(found: Any) -> tuple[Tensor, ...]:

@@ -17,9 +17,9 @@ from fastgpt import ops
 from fastgpt.ops import reference
 from fastgpt.ops.bias_activation import bias_activation
 
-from ..harness import DTYPES, Variant
+from ..variants import DTYPES, Variant
 from .attention_options import attention_with
-from .kit import Case, Function, Kit, Made, both, exact_gradients, forward, library, liger
+from .kit import Bind, Case, Function, Kit, Made, both, exact_gradients, forward, library, liger
 
 SDPA = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 CASES = ("forward", "forward and backward")
@@ -42,7 +42,7 @@ def attention(batch: int, heads: int, time: int, dim: int, causal: bool, dtype: 
 
             return function
 
-        variants = kit.ours(bind(lambda *x: ops.attention(*x, is_causal=causal)))
+        variants = kit.ours(bind(lambda *x: ops.attention(*x, is_causal=causal)), chips=True)
         variants.append(Variant("torch SDPA", bind(in_torch)))
         if kit.device.type != "cpu":
             for name, backend in SDPA.items():
@@ -91,7 +91,7 @@ def tuple_of(found: Any) -> tuple[Tensor, ...]:
 
 def pointwise(
     op: str, ours: Function, torchs: Function, shape: tuple[int, int], dtype: str, backward: bool, passes: tuple[int, int],
-    params: int = 0, inputs: int = 1, others: Callable[[Callable[[Function], Callable[[], Any]]], list[Variant]] | None = None,
+    params: int = 0, inputs: int = 1, others: Callable[[Bind], list[Variant]] | None = None,
 ) -> Case:  # fmt: skip
     """An op of rows. `passes`: how often a tensor of that size is read or written, forward, and forward and backward; `params` vectors
     of a row's width follow `inputs` tensors."""
@@ -132,9 +132,7 @@ def loss(op: str, tokens: int, classes: int, width: int, dtype: str) -> Case:
         name = "liger_fused_linear_cross_entropy" if width else "liger_cross_entropy"
         variants = kit.ours(bind(ours)) + kit.torchs(in_torch, bind) + liger(name, bind)
         if not width:
-            variants += library(
-                "quack", "quack.cross_entropy", "cross_entropy", lambda f: bind(lambda *x: f(*x, reduction="mean"))
-            )
+            variants += library("quack", "quack.cross_entropy", "cross_entropy", bind, reduction="mean")
         rows = slice(None, None, max(1, tokens // 64))
 
         def expected() -> tuple[Tensor, ...]:
@@ -262,17 +260,14 @@ def rows_cases(shape: tuple[int, int], dtype: str) -> Iterator[Case]:
     def named(ours: Function, torchs: Function) -> tuple[Function, Function]:
         return ours, torchs
 
-    def quack(function: str, module: str) -> Callable[[Callable[[Function], Callable[[], Any]]], list[Variant]]:
-        return lambda bind: library("quack", module, function, bind)
+    def liger_and(name: str, *more: float) -> Callable[[Bind], list[Variant]]:
+        return lambda bind: liger(name, bind, *more)
 
-    def liger_and(name: str, *rest: float) -> Callable[[Callable[[Function], Callable[[], Any]]], list[Variant]]:
-        return lambda bind: liger(name, lambda f: bind(lambda *x: f(*x, *rest)))
+    def norms(bind: Bind) -> list[Variant]:
+        return [*liger("liger_rms_norm", bind, 1e-6), *library("quack", "quack.rmsnorm", "rmsnorm", bind)]
 
-    def norms(bind: Callable[[Function], Callable[[], Any]]) -> list[Variant]:
-        return [*liger_and("liger_rms_norm", 1e-6)(bind), *quack("rmsnorm", "quack.rmsnorm")(bind)]
-
-    def softmaxes(bind: Callable[[Function], Callable[[], Any]]) -> list[Variant]:
-        return [*liger_and("liger_softmax")(bind), *quack("softmax", "quack.softmax")(bind)]
+    def softmaxes(bind: Bind) -> list[Variant]:
+        return [*liger("liger_softmax", bind), *library("quack", "quack.softmax", "softmax", bind)]
 
     yield pointwise(
         "add_rms_norm", lambda x, r, w: ops.add_rms_norm(x, r, w.shape, w, 1e-6), add_rms, shape, dtype, False, (4, 7), 1, 2,

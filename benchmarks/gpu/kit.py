@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from fastgpt import ops
 
-from ..harness import DTYPES, Variant, error_of
+from ..variants import DTYPES, Variant, error_of
 
 Function = Callable[..., Any]
+HOPPER = "FASTGPT_CUDA_SM90"  # see fastgpt/ops/cuda_attention.py
 
 
 @dataclasses.dataclass
@@ -64,19 +66,40 @@ class Kit:
             return torch.empty(shape, dtype=torch.int64, device=self.device)
         return torch.randint(most, shape, generator=self._generator, device=self.device)
 
-    def ours(self, run: Callable[[], Any]) -> list[Variant]:
-        """The call on each of fastgpt's engines; one that has no such op or does not cover it is left out, and the result says so."""
+    def ours(self, run: Callable[[], Any], chips: bool = False) -> list[Variant]:
+        """The call on each of fastgpt's engines; one that has no such op or does not cover it is left out, and the result says so.
 
-        def on(engine: str) -> Callable[[], Any]:
+        `chips`: the engine `cuda` has kernels of its own for Hopper, behind a switch; there both are variants.
+        """
+
+        def on(engine: str, hopper: str | None = None) -> Callable[[], Any]:
             def forced() -> Any:
-                with ops.use_backend(engine):
-                    return run()
+                before = os.environ.get(HOPPER)
+                if hopper is not None:
+                    os.environ[HOPPER] = hopper
+                try:
+                    with ops.use_backend(engine):
+                        return run()
+                finally:
+                    if hopper is not None:
+                        os.environ.pop(HOPPER) if before is None else os.environ.update({HOPPER: before})
 
             return forced
 
-        return [Variant(f"fastgpt {engine}", on(engine), ours=True, optional=True) for engine in self.engines]
+        found = []
+        for engine in self.engines:
+            if engine == "cuda" and chips and self._is_hopper():
+                found += [(f"fastgpt cuda, sm_{chip}", on(engine, str(int(chip == 90)))) for chip in (80, 90)]
+            else:
+                found.append((f"fastgpt {engine}", on(engine)))
+        return [Variant(name, call, ours=True, optional=True) for name, call in found]
 
-    def torchs(self, function: Function, bind: Callable[[Function], Callable[[], Any]]) -> list[Variant]:
+    def _is_hopper(self) -> bool:
+        return self.device.type != "cpu" and (
+            self.device.type == "meta" or torch.cuda.get_device_capability(self.device) == (9, 0)
+        )
+
+    def torchs(self, function: Function, bind: "Bind") -> list[Variant]:
         """torch eager, and compiled for static shapes."""
         found = [Variant("torch eager", bind(function))]
         if self.compiles:
@@ -84,29 +107,71 @@ class Kit:
         return found
 
 
-def library(name: str, module: str, function: str, bind: Callable[[Function], Callable[[], Any]]) -> list[Variant]:
-    """Another library's variant where it is installed; its function is looked up at the first call."""
+@dataclasses.dataclass(frozen=True)
+class Bind:
+    """Makes calls of functions on the same inputs: bind(f)() is f(*inputs, *rest), or with `backward` the gradients of the inputs.
+
+    Attributes:
+        inputs: tensors.
+        grad: of the result, where the result is not a scalar.
+        rest: further arguments.
+        backward: whether gradients are asked for.
+    """
+
+    inputs: tuple[Tensor, ...]
+    grad: Tensor | None = None
+    rest: tuple[Any, ...] = ()
+    backward: bool = False
+
+    def __call__(self, function: Function) -> Callable[[], Any]:
+        if not self.backward:
+            return lambda: function(*self.inputs, *self.rest)
+        leaves = tuple(x.detach().requires_grad_() for x in self.inputs)
+        return lambda: torch.autograd.grad(function(*leaves, *self.rest), leaves, self.grad)
+
+    def own(self, name: str, function: Function) -> Variant:
+        """A variant with inputs of its own, which are written anew before each call."""
+        mine = [x.detach().clone() for x in self._tensors()]
+        copies = Bind(
+            tuple(mine[: len(self.inputs)]), mine[-1] if self.grad is not None else None, self.rest, self.backward
+        )
+
+        def restore() -> None:
+            for x, original in zip(mine, self._tensors(), strict=True):
+                x.copy_(original)
+
+        return Variant(name, copies(function), before=restore, optional=True)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.inputs, *([] if self.grad is None else [self.grad])]
+
+
+def library(name: str, module: str, function: str, bind: Bind, *more: Any, **options: Any) -> list[Variant]:
+    """Another library's variant where it is installed; its function, which gets `more` and `options` besides, is looked up at the
+    first call.
+
+    Its inputs are its own: Liger-Kernel leaves gradients in the place of logits, of the halves of swiglu and of a norm's gradient.
+    """
     if importlib.util.find_spec(module.split(".", 1)[0]) is None:
         return []
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, *more, **options)
 
-    return [Variant(name, bind(call), optional=True)]
-
-
-def liger(function: str, bind: Callable[[Function], Callable[[], Any]]) -> list[Variant]:
-    return library("Liger-Kernel", "liger_kernel.transformers.functional", function, bind)
+    return [bind.own(name, call)]
 
 
-def forward(*inputs: Any) -> Callable[[Function], Callable[[], Any]]:
-    return lambda function: lambda: function(*inputs)
+def liger(function: str, bind: Bind, *more: Any) -> list[Variant]:
+    return library("Liger-Kernel", "liger_kernel.transformers.functional", function, bind, *more)
 
 
-def both(inputs: tuple[Tensor, ...], grad: Tensor | None, *rest: Any) -> Callable[[Function], Callable[[], Any]]:
+def forward(*inputs: Tensor) -> Bind:
+    return Bind(inputs)
+
+
+def both(inputs: tuple[Tensor, ...], grad: Tensor | None, *rest: Any) -> Bind:
     """The result's gradients with respect to `inputs`, the first arguments; `rest` are the other ones."""
-    leaves = tuple(x.detach().requires_grad_() for x in inputs)
-    return lambda function: lambda: torch.autograd.grad(function(*leaves, *rest), leaves, grad)
+    return Bind(inputs, grad, rest, backward=True)
 
 
 def exact_gradients(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.optimizer import build_optimizer, clip_scale
 
-from ..harness import Variant
 from ..plain_gpt import PlainGPT, plain_optimizer
+from ..variants import Variant
 from .kit import Case, Kit, Made
 
 OPTIMIZER: dict[str, Any] = {"learning_rate": 6e-4, "weight_decay": 0.1, "betas": (0.9, 0.95)}
@@ -92,7 +92,7 @@ def train_step(batch: int, small: bool = False) -> Case:
             return model.to(kit.device)
 
         def variant(name: str, model: nn.Module, call: Any = None) -> Variant:
-            step = Step(model, call or model, data)
+            step = Step(model, model if call is None else call, data)  # a compiled module has no truth value
             return Variant(name, step.run, ours=step.is_ours, first=step.gradients, optional=True)
 
         names = ["fastgpt", "torch eager", *(["nanoGPT's way (torch.compile)"] if kit.compiles else [])]

@@ -1,7 +1,8 @@
 """Times of calls on a GPU: CUDA events, the L2 cache flushed before every call, variants in turns, medians and quartiles.
 
 Before each call a short sleep is put on the stream, so that the kernels of a call are all queued when it begins: what is timed is the
-device, not Python. The flush writes a buffer of twice the L2 cache. On the CPU (for tests) a wall clock stands in.
+device, not Python. The flush writes a buffer of twice the L2 cache. What a variant does `before` each call is not timed. On the CPU
+(for tests) a wall clock stands in.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ..harness import Variant
+from ..variants import Variant
 
 MIN_ROUNDS, MAX_ROUNDS = 10, 60
 BUDGET_S = 1.2  # of one case, all variants together
@@ -76,6 +77,12 @@ class Times:
         return high - low
 
 
+def _timed(variant: Variant, timer: Timer) -> float:
+    if variant.before is not None:
+        variant.before()
+    return timer(variant.run)
+
+
 def measure(
     variants: Sequence[Variant],
     timer: Timer,
@@ -95,12 +102,12 @@ def measure(
         The times of each variant.
     """
     for variant in variants:
-        timer(variant.run)  # warm
+        _timed(variant, timer)  # warm
     seconds: list[list[float]] = [[] for _ in variants]
     begun, done = clock(), 0
     while done < rounds[0] or (done < rounds[1] and clock() - begun < BUDGET_S):
         for i in range(len(variants)):
             turn = (i + done) % len(variants)
-            seconds[turn].append(timer(variants[turn].run))
+            seconds[turn].append(_timed(variants[turn], timer))
         done += 1
     return [Times(tuple(found)) for found in seconds]

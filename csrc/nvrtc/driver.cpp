@@ -34,7 +34,10 @@ struct Driver {
   void* library = dlopen(driver_name(), RTLD_NOW | RTLD_LOCAL);
   int (*init)(unsigned) = nullptr;
   int (*device_count)(int*) = nullptr;
+  int (*device)(int*, int) = nullptr;
   int (*current_context)(Context*) = nullptr;
+  int (*retain_context)(Context*, int) = nullptr;
+  int (*set_context)(Context) = nullptr;
   int (*current_device)(int*) = nullptr;
   int (*device_attribute)(int*, int, int) = nullptr;
   int (*load)(Module*, const void*) = nullptr;
@@ -46,7 +49,9 @@ struct Driver {
 
   Driver() {
     if (library == nullptr) return;
-    find(init, "cuInit"), find(device_count, "cuDeviceGetCount"), find(current_context, "cuCtxGetCurrent");
+    find(init, "cuInit"), find(device_count, "cuDeviceGetCount"), find(device, "cuDeviceGet");
+    find(current_context, "cuCtxGetCurrent"), find(retain_context, "cuDevicePrimaryCtxRetain");
+    find(set_context, "cuCtxSetCurrent");
     find(current_device, "cuCtxGetDevice"), find(device_attribute, "cuDeviceGetAttribute");
     find(load, "cuModuleLoadData"), find(function, "cuModuleGetFunction");
     find(function_attribute, "cuFuncSetAttribute"), find(launch, "cuLaunchKernel");
@@ -99,26 +104,42 @@ void check(int error, const std::string& what) {
   if (error != 0) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
 
+// The thread's context. A thread that has called nothing of CUDA yet has none, and gets what the runtime would give it:
+// that of the first device, which is every thread's device until it says otherwise.
+int thread_context(Context* context) {
+  const Driver& d = driver();
+  int error = d.current_context(context), device = 0;
+  if (error != 0 || *context != nullptr) return error;
+  if ((error = d.device(&device, 0)) != 0 || (error = d.retain_context(context, device)) != 0) return error;
+  return d.set_context(*context);
+}
+
 Loaded& load(const void* kernel) {
   const std::string name = expression_of(kernel);
   const Driver& d = driver();
   if (d.library == nullptr) throw std::runtime_error(name + ": " + cudaGetErrorString(kNoDriver));
   Context context = nullptr;
-  check(d.current_context(&context), name);
-  const std::lock_guard<std::mutex> lock(guard);
-  const auto found = loaded.find({context, kernel});
-  if (found != loaded.end()) return found->second;
-  if (!compile) throw std::runtime_error(name + ": fastgpt._cuda has no compiler (set_compiler)");
+  check(thread_context(&context), name);
+  Compiler compiler;
+  {
+    const std::lock_guard<std::mutex> lock(guard);
+    const auto found = loaded.find({context, kernel});
+    if (found != loaded.end()) return found->second;
+    compiler = compile;
+  }
+  if (!compiler) throw std::runtime_error(name + ": fastgpt._cuda has no compiler (set_compiler)");
   int device = 0, major = 0, minor = 0;
   check(d.current_device(&device), name);
   check(d.device_attribute(&major, kCapabilityMajor, device), name);
   check(d.device_attribute(&minor, kCapabilityMinor, device), name);
-  const auto [symbol, code] = compile(name, major, minor);
+  // Without the lock: the compiler is Python's, and whoever waited for the lock with Python's own would wait for ever.
+  const auto [symbol, code] = compiler(name, major, minor);
   Module module = nullptr;
   Loaded result = {};
   check(d.load(&module, code.data()), name);
   check(d.function(&result.function, module, symbol.c_str()), name);
-  return loaded.emplace(std::pair(context, kernel), result).first->second;
+  const std::lock_guard<std::mutex> lock(guard);
+  return loaded.emplace(std::pair(context, kernel), result).first->second;  // the first one's, where two compiled it
 }
 
 }  // namespace
@@ -162,7 +183,10 @@ cudaError_t cudaGetDeviceCount(int* count) {
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  return last_error = driver().library == nullptr ? kNoDriver : driver().current_device(device);
+  fastgpt::nvrtc::Context context = nullptr;
+  if (driver().library == nullptr) return last_error = kNoDriver;
+  const int error = fastgpt::nvrtc::thread_context(&context);
+  return last_error = error != 0 ? error : driver().current_device(device);
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
