@@ -128,7 +128,6 @@ def storm(place: Path, kind: str, kills: int, *, epochs: int, seed: int) -> Summ
         summary.steps_lost += max([*steps, step]) - step
     status, _ = attempt(folder, None, work=train)
     assert status == 0
-    (folder / f".{CHECKPOINT}.tmp").unlink(missing_ok=True)
     (place / "whole/loss.png").unlink(missing_ok=True)
     (folder / "loss.png").unlink(missing_ok=True)
     compare(place / "whole", folder)

@@ -156,6 +156,7 @@ def compare(whole: Path, killed: Path) -> None:
         one, other = load_file(whole / name), load_file(killed / name)
         assert set(one) == set(other)
         assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert not list(killed.glob(".*"))
     left = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert left == sorted(path.name for path in (whole / "checkpoints").iterdir())
 

@@ -25,7 +25,7 @@ from fastgpt.finetune.checkpoint import load_state, save_state
 from fastgpt.finetune.recipe import CHECKPOINT, Recipe
 from fastgpt.terminal import counted
 from fastgpt.train.evaluate import autocast
-from fastgpt.train.files import explain_writing
+from fastgpt.train.files import explain_writing, remove_leftovers
 from fastgpt.train.metrics import Metrics, plot_losses
 from fastgpt.train.optimizer import build_optimizer, update
 from fastgpt.train.outcome import not_finite
@@ -149,6 +149,8 @@ def fit(
     advice = f"`fastgpt finetune --resume {shlex.quote(str(folder))}` goes on from the last checkpoint"
     try:
         with signals, explain_writing(folder, advice):
+            for place in (folder, folder / "adapter"):
+                remove_leftovers(place)
             metrics.keep_until(done if resumed else -1)
             tracking = Tracking(tracker_names(recipe.track), folder, dataclasses.asdict(recipe), done, progress.say)
             if resumed:
