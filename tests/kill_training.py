@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def _train(folder: Path, pipe: int) -> None:
     trainer.fit()
 
 
-def attempt(folder: Path, seconds: float | None, *, training: bool = False) -> tuple[int, list[str]]:
+def attempt(
+    folder: Path, seconds: float | None, *, training: bool = False, work: Callable[[Path, int], None] = _train
+) -> tuple[int, list[str]]:
     """Train in a child, killed after `seconds`, which count from its first step with `training`; its status and what it told."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -78,7 +81,7 @@ def attempt(folder: Path, seconds: float | None, *, training: bool = False) -> t
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            _train(folder, writing)
+            work(folder, writing)
             code = 0
         finally:
             os._exit(code)
@@ -153,6 +156,7 @@ def compare(whole: Path, killed: Path) -> None:
         one, other = load_file(whole / name), load_file(killed / name)
         assert set(one) == set(other)
         assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert not list(killed.glob(".*"))
     left = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert left == sorted(path.name for path in (whole / "checkpoints").iterdir())
 

@@ -12,7 +12,7 @@ from fastgpt import GPT, GPTConfig, Tokenizer
 from fastgpt.cli import main
 from fastgpt.compat.lm_eval import Scorer, harness_model
 from fastgpt.errors import UserError
-from fastgpt.infer import generate
+from fastgpt.infer import generate, load_run
 from fastgpt.infer.evaluate import evaluate_text, token_log_probs
 from fastgpt.infer.sheet import sample_sheet
 from fastgpt.tokenizer import CharTokenizer
@@ -189,6 +189,37 @@ def test_harness(tmp_path: Path) -> None:
     (text,) = lm.generate_until(requests("generate_until", ("anna", {"until": ["\n"], "max_gen_toks": 8})))
     assert len(text) <= 8
     assert "\n" not in text
+
+
+TASKS = {
+    "choices": "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: gold\n"
+    "target_delimiter: ''\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+    "whole": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    "metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]\n",
+}
+
+
+def test_the_harness_runs_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's own evaluation of tasks over a local file, its numbers against ours."""
+    lm_eval = pytest.importorskip("lm_eval")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    assert main(tiny_run.arguments(tiny_run.text_file(tmp_path), run, train__max_steps=60)) == 0
+    text = "anna sees the red ball."
+    documents = [{"q": "anna sees", "choices": [" the red ball", " ddd lll hhh"], "gold": 0, "text": text}] * 2
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    where = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'd.jsonl'}}}}}\ntest_split: test\n"
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{where}{task}")
+    manager = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = harness_model(run)
+    found = lm_eval.simple_evaluate(model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)["results"]
+    assert found["choices"]["acc,none"] == 1.0
+    ours = Scorer(*load_run(run)).score_text(text)
+    assert found["whole"]["bits_per_byte,none"] == pytest.approx(-ours / math.log(2) / len(text))
 
 
 def test_harness_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,9 +152,11 @@ def test_ctrl_c_and_resume_repeat_the_uninterrupted_run_bit_for_bit(tmp_path, st
     assert len(losses) == stop_after
 
     torch.manual_seed(999)  # a new process would not have this one's random state
+    (run.folder / ".model.safetensors.abc.tmp").write_bytes(b"what a kill leaves")
     trainer = Trainer(open_run(run.folder, [], {}), quiet)
     rest = steps_of(trainer)
     assert trainer.fit().status == "finished"
+    assert not list(run.folder.glob(".*"))
     assert losses + rest == expected
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), weights(whole), strict=True))
     timeless = ("step", "train_loss", "val_loss", "lr")

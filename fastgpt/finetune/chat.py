@@ -22,15 +22,14 @@ import numpy as np
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt.finetune.loop import fit, in_order, pad
-from fastgpt.finetune.lora import adapter_tensors, add_lora, merge_lora, save_adapter
+from fastgpt.finetune.loop import finish, fit, in_order, pad
+from fastgpt.finetune.lora import adapter_tensors, add_lora, merge_lora, read_adapter, save_adapter
 from fastgpt.finetune.recipe import Recipe
 from fastgpt.finetune.records import Conversation, Message
 from fastgpt.infer import generate
 from fastgpt.model import GPT, save_model
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.metrics import Metrics
-from fastgpt.train.run import write_summary
 
 MARKS = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
 END = "<|end|>"
@@ -166,7 +165,8 @@ def train_chat(
         model: with rows for every token of the tokenizer (`grow_vocabulary`); trained in place.
         tokenizer: with the marks.
         conversations: what to learn.
-        folder: where model.safetensors, metrics.jsonl, summary.json and adapter/ go; must exist.
+        folder: where model.safetensors, metrics.jsonl, summary.json and adapter/ go; must exist. Where a checkpoint of the same
+            training lies in it, that goes on.
         recipe: epochs, rates, batch.
         val_fraction, split_seed: how many conversations are held out, and which.
         lora: None trains all weights; else rank, alpha and dropout, and train_whole: modules that are trained whole.
@@ -179,7 +179,8 @@ def train_chat(
         The summary.
 
     Raises:
-        UserError: too few conversations, none with an answer within block_size, or a loss that is no longer finite.
+        UserError: too few conversations, none with an answer within block_size, or as `fit`.
+        Stopped: as `fit`.
     """
     torch.manual_seed(recipe.seed)
     template, block_size = Template(tokenizer), model.config.block_size
@@ -222,24 +223,20 @@ def train_chat(
             total, count = total + mean_loss(chosen).item() * n_answers, count + n_answers
         return {"val_loss": total / count}
 
-    best = {"val_loss": math.inf}
-    kept: dict[str, torch.Tensor] = {}
+    metrics = Metrics(folder / "metrics.jsonl")
 
     def keep(line: dict[str, float]) -> None:
-        if line["val_loss"] >= best["val_loss"]:
+        if line["val_loss"] >= min((earlier["val_loss"] for earlier in metrics.lines[:-1]), default=math.inf):
             return
-        best.update(line)
         if lora is None:
             save_model(model, folder / "model.safetensors")
             return
-        kept.update(adapter_tensors(model, lora.get("train_whole", ())))
-        save_adapter(kept, folder / "adapter", base=base, **lora)
+        save_adapter(adapter_tensors(model, lora.get("train_whole", ())), folder / "adapter", base=base, **lora)
 
-    last = fit(model, lengths, batch_loss, evaluate, keep, recipe, Metrics(folder / "metrics.jsonl"), dtype)
+    last = fit(model, lengths, batch_loss, evaluate, keep, recipe, metrics, dtype)
+    best = min(metrics.lines, key=lambda line: line["val_loss"])
     if lora is not None:
-        with torch.no_grad():
-            for name, tensor in kept.items():
-                model.get_parameter(name.removeprefix("base_model.model.")).copy_(tensor)
+        read_adapter(model, folder / "adapter")
         merge_lora(model)
         save_model(model, folder / "model.safetensors")
     summary = {
@@ -251,7 +248,7 @@ def train_chat(
         "steps": last["step"],
         "elapsed_s": last["elapsed_s"],
     }
-    write_summary(folder, summary)
+    finish(folder, summary)
     return summary
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastgpt import ops
 from fastgpt.errors import UserError
 from fastgpt.finetune.head import WEIGHTS, HeadedGPT, load_headed, save_headed
-from fastgpt.finetune.loop import fit, in_order, pad
+from fastgpt.finetune.loop import finish, fit, in_order, pad
 from fastgpt.finetune.recipe import Recipe
 from fastgpt.finetune.records import Labelled
 from fastgpt.finetune.scores import classification_scores, regression_scores
@@ -25,7 +25,6 @@ from fastgpt.model import GPT
 from fastgpt.terminal import counted
 from fastgpt.train.config import nearest
 from fastgpt.train.metrics import Metrics
-from fastgpt.train.run import write_summary
 
 MAX_LABELS = 1000
 
@@ -233,7 +232,8 @@ def train_head(
         tokenizer: its tokenizer.
         train, held_out: the two parts.
         meaning: of the outputs.
-        folder: where head.safetensors, metrics.jsonl and summary.json go; must exist.
+        folder: where head.safetensors, metrics.jsonl and summary.json go; must exist. Where a checkpoint of the same training
+            lies in it, that goes on.
         recipe: epochs, rates, batch.
         pooling: "mean" or "last".
         balanced: weigh the classes alike.
@@ -244,7 +244,8 @@ def train_head(
         The summary: the last line of metrics and the scores, with the confusion matrix for classes.
 
     Raises:
-        UserError: a text cannot be encoded, the loss is no longer finite, or a file cannot be written.
+        UserError: a text cannot be encoded, or as `fit`.
+        Stopped: as `fit`.
     """
     torch.manual_seed(recipe.seed)
     model = HeadedGPT(gpt, max(len(meaning.labels), 1), pooling)
@@ -282,7 +283,7 @@ def train_head(
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
         final = scores(outputs(model, val_rows), held_out, meaning)
     summary = {"task": meaning.task, "train_texts": len(train), "val_texts": len(held_out), **last, **final}
-    write_summary(folder, summary)
+    finish(folder, summary)
     return summary
 
 

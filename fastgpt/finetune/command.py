@@ -6,40 +6,53 @@ RUN/tokenizer.json     the tokenizer
     summary.json       the last of them, and for classes the confusion matrix
     head.safetensors   the weights of a head; of conversations: model.safetensors
         adapter/           with LoRA, peft's two files; base.safetensors is the model it belongs to
+    checkpoint.safetensors while it is not finished: where it stands
 """
 
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastgpt.errors import UserError
+from fastgpt.finetune.job import (
+    Job,
+    chat_of,
+    head_of,
+    make_folder,
+    parts,
+    remove_unused,
+    resumed,
+    save_inputs,
+    write_training_text,
+)
 from fastgpt.finetune.options import Options, load_options, preset_names
-from fastgpt.finetune.records import Labelled, read_conversations, read_labelled, read_texts
+from fastgpt.finetune.records import read_texts
 from fastgpt.terminal import say
-
-if TYPE_CHECKING:
-    import torch
-
-    from fastgpt.finetune.classify import Meaning
-    from fastgpt.model import GPT
 
 
 def finetune_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastgpt finetune`."""
     parser.add_argument(
-        "run", metavar="RUN", nargs="?", help="the run folder with the pretrained model, of `fastgpt train` or finetune"
+        "run",
+        metavar="RUN_OR_PRETRAINED",
+        nargs="?",
+        help="the model to go on from: a run folder, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME of its hub",
     )
     parser.add_argument(
-        "--data", metavar="FILE", required=True, help="labelled texts (TSV, CSV, JSONL) or conversations (JSON, JSONL)"
+        "--data", metavar="FILE", help="labelled texts (TSV, CSV, JSONL) or conversations (JSON, JSONL); must be given"
     )
     parser.add_argument("--preset", metavar="NAME", help=f"ready options: {', '.join(preset_names())} (default: none)")
     parser.add_argument(
         "--out", metavar="FOLDER", help="the run folder to make (default: runs/<data>-N, the next free N)"
+    )
+    parser.add_argument(
+        "--resume", metavar="FOLDER", help="go on with a fine-tuning that was stopped (default: start a new one)"
     )
     parser.add_argument(
         "--write-text",
@@ -62,195 +75,52 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _parts(options: Options, data: Path) -> "tuple[list[Labelled], list[Labelled], Meaning]":
-    from fastgpt.finetune.classify import meaning_of, split
-
-    records = read_labelled(
-        data,
-        numbers=options.task == "regress",
-        text_column=options.text_column,
-        label_column=options.label_column,
-        encoding=options.encoding,
-    )
-    names = [name.strip() for name in options.labels.split(",")] if options.labels is not None else None
-    try:
-        meaning = meaning_of(records, options.task, names)
-        train, held_out = split(records, options.task, options.val_fraction, options.split_seed)
-        if options.task == "regress":
-            meaning = meaning_of(train, options.task)
-    except UserError as error:
-        raise UserError(f"{data}: {error}") from error
-    return train, held_out, meaning
-
-
-def write_training_text(train: Sequence[Labelled], path: Path) -> None:
-    """The training part's texts as one text to pretrain on, a blank line between them, in the order of the file."""
-    from fastgpt.train.files import explain_writing, replace_text
-
-    with explain_writing(path):
-        replace_text(path, "".join(record.text + "\n\n" for record in train))
-
-
-def load_base(run: str, options: Options) -> "tuple[GPT, Any, torch.dtype]":
-    """(model, tokenizer, dtype) to fine-tune, with the dropout asked for, on the device asked for."""
-    import torch
-
-    from fastgpt.infer import load_run
-    from fastgpt.model import GPT
-    from fastgpt.train.evaluate import choose_dtype
-    from fastgpt.train.run import choose_device
-
-    device = choose_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    model, tokenizer = load_run(run, device)
-    if options.dropout is not None:
-        with torch.device("meta"):
-            changed = GPT(dataclasses.replace(model.config, dropout=options.dropout))
-        changed.load_state_dict(model.state_dict(), assign=True)
-        model = changed
-    return model, tokenizer, choose_dtype(options.dtype, device)
-
-
-def make_folder(out: str | None, data: Path) -> Path:
-    """The new run folder, empty.
-
-    Raises:
-        UserError: there is something at that place, or it cannot be made.
-    """
-    from fastgpt.train.files import explain_writing
-    from fastgpt.train.run import free_folder
-
-    folder = free_folder(str(data)) if out is None else Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; --out takes a folder that does not exist or is empty")
-    with explain_writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _write_text(data: Path, path: Path, options: Options) -> int:
+    train, held_out, _ = parts(options, data)
+    write_training_text(train, path)
+    say(f"{path}: {len(train):,} texts of the training part; the {len(held_out):,} held out are not in it")
+    return 0
 
 
 def finetune(given: argparse.Namespace) -> int:
     """`fastgpt finetune`, its arguments parsed."""
+    from fastgpt.finetune.loop import Stopped
+    from fastgpt.train.run import locked
+
     values = dict(vars(given))
-    run, preset, out, write_text = (values.pop(name) for name in ("run", "preset", "out", "write_text"))
-    data = Path(values.pop("data"))
-    options = load_options(preset, values)
-    if write_text is None and run is None:
-        raise UserError("which model? Give the run folder of a pretrained one: fastgpt finetune RUN --data FILE")
-    if options.task == "chat":
-        if write_text is not None:
+    run, data, preset, out, resume, write_text = (
+        values.pop(name) for name in ("run", "data", "preset", "out", "resume", "write_text")
+    )
+    if resume is not None:
+        job = resumed(Path(resume), values, [name for name in (run, preset, out, write_text) if name is not None], data)
+    else:
+        if data is None:
+            raise UserError("which data? Give --data FILE: labelled texts or conversations")
+        options = load_options(preset, values)
+        if options.task == "chat" and write_text is not None:
             raise UserError("--write-text is for labelled texts: --task classify or regress")
-        return _finetune_chat(run, data, out, options)
-    return _finetune_head(run, data, out, write_text, options)
-
-
-def _finetune_chat(run: str, data: Path, out: str | None, options: Options) -> int:
-    conversations = read_conversations(data, options.encoding)
-    model, tokenizer, dtype = load_base(run, options)
-
-    import torch
-
-    from fastgpt.finetune.chat import add_marks, grow_vocabulary, train_chat
-    from fastgpt.model import save_model
-
-    torch.manual_seed(options.seed)
-    marked = add_marks(tokenizer)
-    grown = grow_vocabulary(model, marked.n_vocab)
-    folder = make_folder(out, data)
-    save_inputs(folder, marked, run, data, options)
-    lora = None
-    if options.lora_rank:
-        new_rows = grown is not model or marked is not tokenizer
-        whole = (["wte"] if grown.config.tied_head else ["wte", "lm_head"]) if new_rows else []
-        lora = {
-            "rank": options.lora_rank,
-            "alpha": options.lora_alpha,
-            "dropout": options.lora_dropout,
-            "train_whole": whole,
-        }
-        save_model(grown, folder / "base.safetensors")  # what the adapter belongs to
-    summary = train_chat(
-        grown,
-        marked,
-        conversations,
-        folder,
-        recipe=options.recipe(),
-        val_fraction=options.val_fraction,
-        split_seed=options.split_seed,
-        lora=lora,
-        packing=options.packing,
-        dtype=dtype,
-        base="base.safetensors",
-        say=say,
-    )
-    print(
-        f"{summary['val_conversations']:,} held-out conversations: loss of the answers {summary['val_loss']:.4f} nats a token "
-        f"at step {summary['best_step']:,} of {summary['steps']:,}, whose weights are kept"
-    )
+        if options.task != "chat" and options.lora_rank:
+            raise UserError("--lora-rank is for --task chat; a head is trained with all weights")
+        if write_text is not None:
+            return _write_text(Path(data), Path(write_text), options)
+        if run is None:
+            raise UserError("which model? Give a run folder or a pretrained one: fastgpt finetune RUN --data FILE")
+        job = Job(run, Path(data), options)
+    train = chat_of(job) if job.options.task == "chat" else head_of(job)
+    folder = Path(resume) if resume is not None else make_folder(out, job.data)
+    with locked(folder):
+        save_inputs(folder, job)
+        try:
+            print("\n".join(train(folder)))
+        except Stopped as stop:
+            say(f"{stop}. To go on: fastgpt finetune --resume {shlex.quote(str(folder))}")
+            return 128 + stop.number
+        except BaseException:
+            if resume is None:
+                remove_unused(folder)
+            raise
     print(f"run folder: {folder}", flush=True)
     return 0
-
-
-def _finetune_head(run: str, data: Path, out: str | None, write_text: str | None, options: Options) -> int:
-    if options.lora_rank:
-        raise UserError("--lora-rank is for --task chat; a head is trained with all weights")
-    train, held_out, meaning = _parts(options, data)
-    if write_text is not None:
-        write_training_text(train, Path(write_text))
-        say(f"{write_text}: {len(train):,} texts of the training part; the {len(held_out):,} held out are not in it")
-        return 0
-    model, tokenizer, dtype = load_base(run, options)
-    folder = make_folder(out, data)
-    save_inputs(folder, tokenizer, run, data, options)
-
-    from fastgpt.finetune.classify import train_head
-
-    summary = train_head(
-        model,
-        tokenizer,
-        train,
-        held_out,
-        meaning,
-        folder,
-        recipe=options.recipe(),
-        pooling=options.pooling,
-        balanced=options.class_weights == "balanced",
-        dtype=dtype,
-        say=say,
-    )
-    print("\n".join(report(summary, meaning)))
-    print(f"run folder: {folder}", flush=True)
-    return 0
-
-
-def save_inputs(folder: Path, tokenizer: Any, run: str, data: Path, options: Options) -> None:
-    """tokenizer.json and options.json."""
-    from fastgpt.train.files import explain_writing, replace_text
-
-    with explain_writing(folder):
-        tokenizer.save(folder / "tokenizer.json")
-        told = {"run": run, "data": str(data), **dataclasses.asdict(options)}
-        replace_text(folder / "options.json", json.dumps(told, indent=2) + "\n")
-
-
-def report(summary: dict[str, Any], meaning: "Meaning") -> list[str]:
-    """The lines that a user reads at the end."""
-    if meaning.task == "regress":
-        return [
-            f"{summary['val_texts']:,} held-out texts: RMSE {summary['rmse']:.4f}, Pearson {summary['pearson']:.4f}, "
-            f"Spearman {summary['spearman']:.4f}"
-        ]
-    of = f"of {meaning.positive!r}" if meaning.positive is not None else "means over the labels"
-    width = max(8, *(len(label) for label in meaning.labels))
-    lines = [
-        f"{summary['val_texts']:,} held-out texts: accuracy {summary['accuracy']:.4f}, F1 {summary['f1']:.4f}, "
-        f"precision {summary['precision']:.4f}, recall {summary['recall']:.4f} ({of})",
-        "row: true label, column: predicted",
-        " ".join(f"{name:>{width}}" for name in ("", *meaning.labels)),
-    ]
-    for label, counts in zip(meaning.labels, summary["confusion"], strict=True):
-        lines.append(" ".join([f"{label:>{width}}", *(f"{count:>{width},}" for count in counts)]))
-    return lines
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:

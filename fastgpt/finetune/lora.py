@@ -171,6 +171,29 @@ def save_adapter(
         replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
+def read_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Fill the updates that a model has (`add_lora`) from a saved adapter, in place.
+
+    Raises:
+        UserError: no adapter there, or one that does not fit.
+    """
+    config, tensors = _read(folder)
+    wanted = adapter_tensors(model, config.get("modules_to_save") or [])
+    for name in sorted(set(wanted) | set(tensors)):
+        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape:
+            raise UserError(f"{folder}: does not fit the model: tensor {name!r}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name.removeprefix(PREFIX)).copy_(tensor)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS, device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: no LoRA adapter can be read: {error}") from error
+
+
 def load_adapter(model: torch.nn.Module, folder: Path) -> None:
     """Give a base model the updates of a saved adapter, in place; `merge_lora` then makes it an ordinary model again.
 
@@ -181,23 +204,13 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         UserError: no adapter there, one of another kind, or one that does not fit the model.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS, device="cpu")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: no LoRA adapter can be read: {error}") from error
+    config, _ = _read(folder)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("use_rslora"):
         raise UserError(f"{folder}: accepted is a plain LoRA adapter without biases")
     whole = config.get("modules_to_save") or []
     try:
         targets = config["target_modules"]
         add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], targets=targets, train_whole=whole)
-        wanted = adapter_tensors(model, whole)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: does not fit the model: {error}") from error
-    for name in sorted(set(wanted) | set(tensors)):
-        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape:
-            raise UserError(f"{folder}: does not fit the model: tensor {name!r}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name.removeprefix(PREFIX)).copy_(tensor)
+    read_adapter(model, folder)

@@ -50,6 +50,9 @@ class Options:
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", at_least=0.0)
     dropout: float | None = option(None, "dropout (none: the pretrained model's)", at_least=0.0, below=1.0)
     evals_per_epoch: int = option(1, "measurements on the held-out part each epoch", at_least=1)
+    checkpoint_interval: int | None = option(
+        None, "steps between checkpoints (none: at each measurement and every minute)", at_least=1
+    )
     seed: int = option(1337, "seed of new weights, the order and dropout", at_least=0, at_most=2**63 - 1)
     device: str = option("auto", "where to train: 'auto', 'cpu', 'cuda' or 'cuda:N'")
     dtype: str = option("auto", "number format of the matrix products", choices=("auto", "float32", "bfloat16"))
@@ -76,6 +79,17 @@ def _apply(options: Options, layer: Mapping[str, Any], *, from_text: bool) -> No
         setattr(options, name, convert_value(key, value, hints[name], fields[name].metadata, from_text=from_text))
 
 
+def change_options(options: Options, given: Mapping[str, str]) -> Options:
+    """The options with values of the command line put over them, in place.
+
+    Raises:
+        UserError: as `load_options`.
+    """
+    _apply(options, given, from_text=True)
+    tracker_names(options.track)
+    return options
+
+
 def load_options(preset: str | None, given: Mapping[str, str]) -> Options:
     """Defaults, then a preset, then values of the command line.
 
@@ -93,6 +107,4 @@ def load_options(preset: str | None, given: Mapping[str, str]) -> Options:
                 f"unknown preset {preset!r}{nearest(preset, preset_names())}; there are: {', '.join(preset_names())}"
             )
         _apply(options, yaml.safe_load((PRESETS / f"{preset}.yaml").read_text(encoding="utf-8")), from_text=False)
-    _apply(options, given, from_text=True)
-    tracker_names(options.track)
-    return options
+    return change_options(options, given)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+CHECKPOINT = "checkpoint.safetensors"  # in the run folder, while the run is not finished
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -15,6 +17,7 @@ class Recipe:
         grad_clip: largest norm of the gradient; 0: no clipping.
         seed: of the order, the new weights and dropout.
         evals_per_epoch: measurements on the held-out part each epoch.
+        checkpoint_interval: steps between checkpoints; None: at each measurement and every minute.
         track: trackers that get the measurements too, as of `fastgpt.train.track.tracker_names`.
     """
 
@@ -25,4 +28,5 @@ class Recipe:
     grad_clip: float = 1.0
     seed: int = 1337
     evals_per_epoch: int = 1
+    checkpoint_interval: int | None = None
     track: str = ""

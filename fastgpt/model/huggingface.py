@@ -328,7 +328,7 @@ def from_pretrained(path_or_name: str | os.PathLike[str], block_size: int | None
         name = os.fspath(path_or_name)
         if not _HUB_NAME.fullmatch(name) or path.suffix in (".gguf", ".pt", ".safetensors"):
             raise UserError(f"{name}: no such file or folder")
-        path = _downloaded(name)
+        path = downloaded(name)
     if path.is_dir():
         if (path / "config.json").exists():
             return read_huggingface(path, block_size, dtype)
@@ -344,7 +344,7 @@ def from_pretrained(path_or_name: str | os.PathLike[str], block_size: int | None
     return read_nanogpt(path, block_size, dtype)
 
 
-def _downloaded(name: str) -> Path:
+def downloaded(name: str) -> Path:
     """The folder of a model of the Hugging Face hub."""
     try:
         from huggingface_hub import snapshot_download

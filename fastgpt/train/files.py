@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgpt.errors import UserError
@@ -38,6 +38,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what kills in the middle of a write have left in a folder: hidden files that end in `.tmp`.
+
+    For a process that holds the folder (`fastgpt.train.run.locked`): weights of a run are written under a new name each time, so that
+    without this every kill could leave a file of their size.
+    """
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):  # a folder, or one that cannot be written: what writes next says so
+            path.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:

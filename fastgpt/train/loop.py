@@ -31,7 +31,7 @@ from fastgpt.model.weights import save_tensors
 from fastgpt.terminal import counted
 from fastgpt.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from fastgpt.train.evaluate import autocast, bigram_loss, bits_per_byte, choose_dtype, fit_bigram, mean_loss
-from fastgpt.train.files import explain_writing
+from fastgpt.train.files import explain_writing, remove_leftovers
 from fastgpt.train.metrics import Metrics, plot_losses
 from fastgpt.train.optimizer import build_optimizer, update
 from fastgpt.train.outcome import Outcome, diverged, finished, interrupted, out_of_patience
@@ -110,6 +110,7 @@ class Trainer:
         if self.last_good is not None:
             self._restore(self.last_good)
         if group.main:
+            remove_leftovers(run.folder)
             write_config(run)
             self.metrics.keep_until(self.state.step if self.last_good is not None else -1)
         self._plan()
