@@ -21,6 +21,7 @@ from fastgpt.compat.masks import is_causal_only
 from fastgpt.nn.fallback import is_small
 
 NAME = "fastgpt"
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # of transformers, whose code was looked at
 _log = logging.getLogger("fastgpt")
 
 
@@ -65,6 +66,8 @@ def attention_forward(
         what = "dropout on the probabilities"
     elif any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
         what = "a position bias, a soft cap or a paged cache"
+    elif kwargs.get("output_attentions") or kwargs.get("head_mask") is not None:
+        what = "a head mask or its probabilities asked for"  # sdpa has neither, and says so
     elif key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.dtype != key.dtype:
         what = "keys and values of different kinds"
     if what is not None:
@@ -75,6 +78,20 @@ def attention_forward(
         key, value = key[:, :, :queries], value[:, :, :queries]
     y = ops.attention(query, key, value, is_causal=causal, scale=scaling, dropout_p=dropout)  # (B, H, T, D)
     return y.transpose(1, 2), None
+
+
+class Before(str):
+    """The attention that a model had, which makes ours known again where the model is unpickled: in another process, too."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _before, (str(self),)
+
+
+def _before(name: str) -> Before:
+    register()
+    return Before(name)
 
 
 def register() -> None:
