@@ -172,6 +172,16 @@ def test_probabilities_and_head_masks_are_sdpa_s(caplog: pytest.LogCaptureFixtur
     assert len([record for record in caplog.records if record.name == "fastgpt"]) == 1
 
 
+def test_a_transformers_that_is_too_old_keeps_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, idx = hugging_face("llama")
+    want = model(idx).logits
+    monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: None)
+    report = fastgpt.accelerate(model)
+    assert report.left["attention of llama"] == "transformers 4.53 or later is needed"
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model(idx).logits, want)
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "prompt lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": 49},

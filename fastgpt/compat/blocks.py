@@ -21,7 +21,7 @@ from fastgpt.ops.transformer_block import covers, transformer_block_with_qkv
 NOTE = "_fastgpt_block"
 # What a block of GPT-2 may be given that changes nothing, or is looked at. Anything else goes to the block below: a later transformers
 # may have a new argument, or a new name for one.
-_CACHES = ("cache", "past_key_values")  # transformers from 5.24, and before
+_CACHES = ("cache", "past_key_values", "past_key_value")  # transformers 5.24; 4.57 to 5.23; 4.53
 _KNOWN = frozenset(
     (*_CACHES, "attention_mask", "encoder_attention_mask", "use_cache", "cache_position", "position_ids", "num_items_in_batch")
 )  # fmt: skip

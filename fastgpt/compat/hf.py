@@ -9,6 +9,7 @@ own sdpa does; this is logged once. (Dropout of a model given to `fastgpt.accele
 """
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -94,11 +95,16 @@ def _before(name: str) -> Before:
     return Before(name)
 
 
+def is_supported() -> bool:
+    """Whether this transformers (from 4.53 on) asks the attention what masks it needs."""
+    return importlib.util.find_spec("transformers.masking_utils") is not None
+
+
 def register() -> None:
     """Makes attn_implementation="fastgpt" known to transformers; twice does no harm.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 4.53.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

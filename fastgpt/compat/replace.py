@@ -317,12 +317,14 @@ def _set_attention(model: torch.nn.Module, report: Report) -> None:
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         before = getattr(config, "_attn_implementation", None)
-        if before is None or not hasattr(module, "set_attn_implementation") or before == "fastgpt":
+        if before is None or not hasattr(module, "_supports_sdpa") or before == "fastgpt":
             continue
         if config.model_type not in hf.FAMILIES:
             report.left[f"attention of {config.model_type}"] = "not a family that is covered"
         elif before != "sdpa":
             report.left[f"attention of {config.model_type}"] = f"attn_implementation is {before!r}, chosen by the user"
+        elif not hf.is_supported():
+            report.left[f"attention of {config.model_type}"] = "transformers 4.53 or later is needed"
         else:
             hf.register()
             module.__dict__[_ATTENTION] = hf.Before(before)
