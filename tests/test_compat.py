@@ -309,6 +309,7 @@ FAMILIES = {
     "llama": {"num_key_value_heads": 2},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 32},
     "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
 }
 
 
@@ -333,6 +334,7 @@ def hugging_face(family: str, seed: int = 0):
 def test_hugging_face_numbers_stay(family: str, autocast: bool) -> None:
     model, _, report = assert_as_close_as_before(functools.partial(hugging_face, family), autocast=autocast)
     assert report.replaced[f"attention of {family}"] >= 1
+    assert report.replaced[f"loss of {type(model).__name__}"] == 1
     assert sum(report.replaced.values()) > 4
     fastgpt.restore(model)
     assert model.config._attn_implementation == "sdpa"

@@ -99,6 +99,7 @@ LORA = {
     "llama": ["q_proj", "gate_proj", "down_proj"],
     "mistral": ["v_proj", "up_proj"],
     "qwen2": ["k_proj", "gate_proj", "o_proj"],
+    "qwen3": ["q_proj", "up_proj"],
 }
 
 

@@ -21,11 +21,12 @@ from fastgpt.ops.transformer_block import covers, transformer_block_with_qkv
 
 NOTE = "_fastgpt_block"
 _ELSEWHERE = object()
-_BEYOND = (
-    "encoder_hidden_states",
-    "head_mask",
-    "output_attentions",
-)  # what a block of GPT-2 may be given and the op does not do
+# What a block of GPT-2 may be given that changes nothing, or is looked at. Anything else goes to the block below: a later transformers
+# may have a new argument, or a new name for one.
+_CACHES = ("cache", "past_key_values", "past_key_value")  # transformers 5.24; 4.57 to 5.23; 4.53
+_KNOWN = frozenset(
+    (*_CACHES, "attention_mask", "encoder_attention_mask", "use_cache", "cache_position", "position_ids", "num_items_in_batch")
+)  # fmt: skip
 
 
 class BlockNote(NamedTuple):
@@ -38,7 +39,9 @@ class BlockNote(NamedTuple):
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Hooks, or a `forward` of the instance's own, as other libraries set to move weights in and out."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def are_plain(linears: tuple[Any, ...], others: tuple[Any, ...], kind: str) -> bool:
@@ -154,8 +157,11 @@ class GPT2BlockPart(torch.nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         note: BlockNote = self.__dict__[NOTE]
         given = dict(zip(note.takes, args, strict=False)) | kwargs
-        x, cache, mask = hidden_states, given.get("past_key_values"), given.get("attention_mask")
-        beyond = [name for name in _BEYOND if given.get(name) is not None and given[name] is not False]
+        x, mask = hidden_states, given.get("attention_mask")
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        beyond = [
+            name for name, value in given.items() if name not in _KNOWN and value is not None and value is not False
+        ]
         if beyond and not torch.compiler.is_compiling():
             log_fallback(f"a block of GPT-2 with {beyond[0]}")
         if (

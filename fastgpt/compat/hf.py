@@ -9,6 +9,7 @@ own sdpa does; this is logged once. (Dropout of a model given to `fastgpt.accele
 """
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from fastgpt.compat.masks import is_causal_only
 from fastgpt.nn.fallback import is_small
 
 NAME = "fastgpt"
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # of transformers, whose code was looked at
 _log = logging.getLogger("fastgpt")
 
 
@@ -65,6 +67,8 @@ def attention_forward(
         what = "dropout on the probabilities"
     elif any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
         what = "a position bias, a soft cap or a paged cache"
+    elif kwargs.get("output_attentions") or kwargs.get("head_mask") is not None:
+        what = "a head mask or its probabilities asked for"  # sdpa has neither, and says so
     elif key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.dtype != key.dtype:
         what = "keys and values of different kinds"
     if what is not None:
@@ -77,11 +81,30 @@ def attention_forward(
     return y.transpose(1, 2), None
 
 
+class Before(str):
+    """The attention that a model had, which makes ours known again where the model is unpickled: in another process, too."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _before, (str(self),)
+
+
+def _before(name: str) -> Before:
+    register()
+    return Before(name)
+
+
+def is_supported() -> bool:
+    """Whether this transformers (from 4.53 on) asks the attention what masks it needs."""
+    return importlib.util.find_spec("transformers.masking_utils") is not None
+
+
 def register() -> None:
     """Makes attn_implementation="fastgpt" known to transformers; twice does no harm.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or older than 4.53.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.compat import hf
 from fastgpt.compat.blocks import are_plain
 
 
@@ -42,7 +43,7 @@ def causal_lm_loss(
 
 def is_causal_lm(module: Any) -> bool:
     """Whether this is a language model of transformers with the usual loss."""
-    if not hasattr(type(module), "loss_function") or not hasattr(module, "lm_head"):
+    if not hasattr(type(module), "loss_function"):
         return False
     if not type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return False
@@ -52,9 +53,15 @@ def is_causal_lm(module: Any) -> bool:
     return usual and getattr(module, "_loss_function", ForCausalLMLoss) in (ForCausalLMLoss, causal_lm_loss)
 
 
+def makes_plain_logits(module: Any) -> bool:
+    """Whether this is transformers' own class of a family whose logits are the head's product and nothing else: others scale or cap
+    them, or add losses; a user's subclass has a `forward` of its own."""
+    return type(module).__module__.startswith(tuple(f"transformers.models.{family}." for family in hf.FAMILIES))
+
+
 def _head(module: Any) -> Tensor | None:
     """The head's weight where it is a plain product, without a bias, an adapter or a hook."""
-    head = module.lm_head
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else module.lm_head
     if getattr(head, "bias", None) is not None or not are_plain((head,), (), "Linear"):
         return None
     weight: Tensor = head.weight
@@ -72,8 +79,9 @@ class CausalLMPart(torch.nn.Module):
             or labels is None
             or weight is None
             or len(args) > 1
-            or "logits_to_keep" in kwargs
-            or kwargs.get("return_dict") is False
+            or getattr(self, "_loss_function", causal_lm_loss) is not causal_lm_loss  # the user's, set later
+            or any(name in kwargs for name in ("logits_to_keep", "ignore_index"))
+            or False in (kwargs.get("return_dict"), getattr(self.config, "return_dict", None))
         ):
             return super().forward(*args, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -91,11 +99,10 @@ class CausalLMPart(torch.nn.Module):
             targets.reshape(-1).to(x.device),
             reduction="mean" if items is None else "sum",
         )
+        # The cache is called `cache` from transformers 5.24 on; what is None is no key.
+        kept = ("cache", "past_key_values", "hidden_states", "attentions")
         return CausalLMOutputWithPast(
-            loss=_per_item(loss, items),
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
+            loss=_per_item(loss, items), **{name: value for name, value in out.items() if name in kept}
         )
 
 

@@ -9,6 +9,8 @@ Each `forward` looks at what it got and hands what the ops do not do to the clas
 
 import functools
 import importlib
+import inspect
+import types
 from typing import Any
 
 import torch
@@ -34,12 +36,13 @@ POINTWISE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 class UnlessSmallPart(torch.nn.Module):
     """A norm or activation of torch.nn: fastgpt.nn's of the same name, and torch's for few numbers, such as one token's."""
 
+    ours: Any  # set by `derived`
+
     def forward(self, input: Tensor) -> Tensor:
         if is_small(input):
             small: Tensor = super().forward(input)
             return small
-        ours: Any = POINTWISE[type(self).__mro__[2]]
-        y: Tensor = ours.forward(self, input)
+        y: Tensor = self.ours.forward(self, input)
         return y
 
 
@@ -147,11 +150,25 @@ _PARTS = {
 }
 
 
+def _as_named(forward: Any, base: type[torch.nn.Module]) -> Any:
+    """A part's forward with the signature of the base's: transformers' Trainer keeps the columns that are arguments of it."""
+    copied = types.FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copied.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    return copied
+
+
 @functools.cache
 def derived(part: type[torch.nn.Module], base: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """The class that computes `base` by `part`; it keeps the base's name, and is found again by its qualified name."""
     where = f"{part.__name__}:{base.__module__}:{base.__qualname__}".replace(".", "/")
-    made = type(base.__name__, (part, base), {"__module__": __name__, "__doc__": part.__doc__})
+    content: dict[str, Any] = {"__module__": __name__, "__doc__": part.__doc__}
+    if part in (CausalLMPart, GPT2BlockPart):
+        content["forward"] = _as_named(part.forward, base)
+    elif part is UnlessSmallPart:
+        content["ours"] = POINTWISE[base]
+    made = type(base.__name__, (part, base), content)
     made.__qualname__ = where
     return made
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastgpt import nn
-from fastgpt.compat import blocks, loss, parts
+from fastgpt.compat import blocks, hf, loss, parts
 from fastgpt.nn.fallback import SMALLEST, is_small, whatever_size
 
 _BEFORE = "_fastgpt_class"
@@ -51,9 +51,8 @@ _TORCHS: dict[type[Any], str] = {
 }
 _DROPPING = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
 _PRODUCTS = ("Linear", "Conv1D")
-_HF_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
-_HF_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
-_HF_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2")
+_HF_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_HF_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
 
 @dataclasses.dataclass
@@ -234,10 +233,14 @@ def _set_loss(model: torch.nn.Module, report: Report, fused: bool) -> None:
                 module.__dict__[_LOSS] = True
                 module.__dict__["_loss_function"] = loss.causal_lm_loss
                 report.replaced[f"loss of {kind.__name__}"] += 1
-            if fused and _BEFORE not in module.__dict__:
-                module.__dict__[_BEFORE] = kind
-                module.__class__ = parts.derived(parts.CausalLMPart, kind)
-                report.count(kind.__name__, type(module))
+            if not fused or _BEFORE in module.__dict__:
+                continue
+            if not loss.makes_plain_logits(module):
+                report.left[f"fused loss of {kind.__name__}"] = "not a family that is covered"
+                continue
+            module.__dict__[_BEFORE] = kind
+            module.__class__ = parts.derived(parts.CausalLMPart, kind)
+            report.count(kind.__name__, type(module))
         elif loss.is_gpt(module) and _BEFORE not in module.__dict__:
             part: Any = parts.GPTPart
             if fused and loss.same_loss(module):
@@ -253,8 +256,8 @@ def accelerate(model: torch.nn.Module, *, fused_loss: bool = False, keep_dropout
     """Replaces in place the parts of a model that our ops compute faster; weights, hooks, state_dict, device and mode stay.
 
     Args:
-        model: any model of torch.nn parts, nanoGPT's or minGPT's GPT, or one of transformers (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2),
-            whose attention is set to "fastgpt" too.
+        model: any model of torch.nn parts, nanoGPT's or minGPT's GPT, or one of transformers (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2,
+            Qwen3), whose attention is set to "fastgpt" too.
         fused_loss: of transformers' models and nanoGPT's GPT, compute the head and the loss of a training step in one op that never has
             the whole matrix of logits. `logits` is then None in training mode where labels are given; ask for them with an explicit
             `logits_to_keep=0` (transformers), in evaluation mode, or without labels.
@@ -314,17 +317,17 @@ def _set_attention(model: torch.nn.Module, report: Report) -> None:
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         before = getattr(config, "_attn_implementation", None)
-        if before is None or not hasattr(module, "set_attn_implementation") or before == "fastgpt":
+        if before is None or not hasattr(module, "_supports_sdpa") or before == "fastgpt":
             continue
-        if config.model_type not in _HF_FAMILIES:
+        if config.model_type not in hf.FAMILIES:
             report.left[f"attention of {config.model_type}"] = "not a family that is covered"
         elif before != "sdpa":
             report.left[f"attention of {config.model_type}"] = f"attn_implementation is {before!r}, chosen by the user"
+        elif not hf.is_supported():
+            report.left[f"attention of {config.model_type}"] = "transformers 4.53 or later is needed"
         else:
-            from fastgpt.compat import hf
-
             hf.register()
-            module.__dict__[_ATTENTION] = before
+            module.__dict__[_ATTENTION] = hf.Before(before)
             config._attn_implementation = hf.NAME
             report.replaced[f"attention of {config.model_type}"] += 1
 
@@ -340,14 +343,15 @@ def restore(model: torch.nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        before = module.__dict__.pop(_BEFORE, None)
-        if before is not None:
-            module.__class__ = before
+        kind = type(module)
+        # A class that was made from ours since, by torch's parametrizations or FSDP, stays: without it the weights are not there.
+        if _BEFORE in module.__dict__ and (kind in _TORCH.values() or kind.__module__ == parts.__name__):
+            module.__class__ = module.__dict__.pop(_BEFORE)
+            module.__dict__.pop(blocks.NOTE, None)
             count += 1
-        module.__dict__.pop(blocks.NOTE, None)
-        if module.__dict__.pop(_LOSS, None):
-            module.__dict__.pop("_loss_function", None)
+        if module.__dict__.pop(_LOSS, None) and module.__dict__.get("_loss_function") is loss.causal_lm_loss:
+            del module.__dict__["_loss_function"]
         attention = module.__dict__.pop(_ATTENTION, None)
         if attention is not None:
-            module.config._attn_implementation = attention  # type: ignore[union-attr]
+            module.config._attn_implementation = str(attention)  # type: ignore[union-attr]
     return count
