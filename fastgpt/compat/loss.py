@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.compat import hf
+from fastgpt.compat.adamw import AdamW
 from fastgpt.compat.blocks import are_plain
 
 
@@ -110,7 +111,7 @@ class GPTPart(torch.nn.Module):
     """nanoGPT's and minGPT's GPT, whose optimizer updates all parameters in one call on the CPU, too."""
 
     def configure_optimizers(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's AdamW with its groups; `fused` where it did not say how. The same update, and state_dict, of torch."""
+        """The original's AdamW with its groups, in one call a step where it did not say how; update and state_dict are torch's."""
         theirs: Any = super().configure_optimizers(*args, **kwargs)  # type: ignore[misc]
         if type(theirs) is not torch.optim.AdamW or theirs.defaults["differentiable"]:
             return theirs
@@ -119,7 +120,7 @@ class GPTPart(torch.nn.Module):
         groups = [{**group, "fused": True} for group in theirs.param_groups]
         if any(p.device.type != "cpu" or not p.is_floating_point() for group in groups for p in group["params"]):
             return theirs
-        return torch.optim.AdamW(groups)  # every option stands in the groups
+        return AdamW(groups)  # every option stands in the groups
 
 
 class FusedGPTPart(GPTPart):
