@@ -15,7 +15,8 @@ constexpr size_t kGroup = 96;  // pre-tokens whose lines are fetched at once: th
 constexpr size_t kJobs = 128;  // missing pre-tokens that are merged together
 constexpr size_t kJobPlaces = 512;                // a power of two
 constexpr size_t kBytesPerId = 3;                 // room to begin with; English and code have more bytes an id
-constexpr size_t kThreadBytes = size_t{1} << 20;  // text that is worth handing to another thread
+constexpr size_t kThreadBytes = size_t{1} << 20;  // text that is worth another thread
+constexpr size_t kJobBytes = size_t{1} << 18;     // text that a thread takes at once: the last one is waited for
 constexpr size_t kKeptBytes = size_t{4} << 20;    // scratch memory above this is given back
 constexpr size_t kRoom = WordCache::kReadable + Vocabulary::kPadding;  // readable after a pre-token taken in place
 constexpr size_t kSlackIds = WordCache::kSlackIds;
@@ -390,7 +391,7 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t th
     return;
   }
 
-  // Jobs of about kThreadBytes: whole texts together, long texts in parts that end at certain boundaries.
+  // Jobs of about kJobBytes: whole texts together, long texts in parts that end at certain boundaries.
   struct Part {
     std::string_view text;
     size_t index;
@@ -398,8 +399,8 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t th
   std::vector<Part> parts;
   for (size_t i = 0; i < texts.size(); ++i) {
     std::string_view rest = texts[i];
-    while (rest.size() > 2 * kThreadBytes) {
-      const size_t cut = safe_cut(as_bytes(rest), rest.size(), kThreadBytes);
+    while (rest.size() > 2 * kJobBytes) {
+      const size_t cut = safe_cut(as_bytes(rest), rest.size(), kJobBytes);
       if (!cut) break;
       parts.push_back({rest.substr(0, cut), i});
       rest.remove_prefix(cut);
@@ -409,28 +410,18 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t th
   std::vector<size_t> jobs{0};  // first part of each job, and the number of parts
   for (size_t i = 0, bytes = 0; i < parts.size(); ++i) {
     bytes += parts[i].text.size();
-    if (bytes >= kThreadBytes || i + 1 == parts.size()) {
+    if (bytes >= kJobBytes || i + 1 == parts.size()) {
       jobs.push_back(i + 1);
       bytes = 0;
     }
   }
-  // Each thread has one buffer for the ids of all its jobs; when all sizes are known, all threads copy.
-  struct Result {
-    size_t thread, at;  // where the job's ids are
-  };
   const size_t count = jobs.size() - 1;
-  std::vector<Result> results(count);
-  std::vector<IdBuffer> buffers(threads);
-  std::vector<uint64_t> sizes(parts.size());
   std::exception_ptr error;
   std::atomic<bool> failed{false};
-  auto on_all = [&](const auto& run_job) {
-    std::atomic<size_t> next{0};
+  auto on_all = [&](const auto& run) {  // run(thread) on all threads; this one is 0
     auto work = [&](size_t thread) {
       try {
-        for (size_t job; (job = next.fetch_add(1)) < count && !failed.load(std::memory_order_relaxed);) {
-          run_job(thread, job);
-        }
+        run(thread);
       } catch (...) {
         if (!failed.exchange(true)) error = std::current_exception();
       }
@@ -445,18 +436,45 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t th
     for (auto& thread : pool) thread.join();
     if (error) std::rethrow_exception(error);
   };
-  on_all([&](size_t thread, size_t job) {
-    IdBuffer& ids = buffers[thread];
-    if (!ids.size()) ids.reserve_more(total / kBytesPerId / threads);
-    results[job] = {thread, ids.size()};
-    for (size_t i = jobs[job]; i < jobs[job + 1]; ++i) {
-      const size_t before = ids.size();
-      encode(parts[i].text, ids);
-      sizes[i] = ids.size() - before;
+  // This thread takes jobs from the front, so that its ids are written where they belong; the others take them from the
+  // back, each into a buffer of its own, until all meet.
+  struct Result {
+    size_t thread, at;  // where the job's ids are
+  };
+  struct Left {
+    uint32_t front, back;
+  };
+  std::vector<Result> results(count);
+  std::vector<IdBuffer> buffers(threads);
+  std::vector<uint64_t> sizes(parts.size());
+  std::atomic<Left> left{Left{0, static_cast<uint32_t>(count)}};
+  const size_t before = out.size();
+  auto next_job = [&](size_t thread) {
+    for (Left now = left.load();;) {
+      if (now.front == now.back) return count;
+      const Left then = thread == 0 ? Left{now.front + 1, now.back} : Left{now.front, now.back - 1};
+      if (left.compare_exchange_weak(now, then)) return size_t{thread == 0 ? now.front : then.back};
     }
-  });
+  };
+  try {
+    on_all([&](size_t thread) {
+      IdBuffer& ids = thread == 0 ? out : buffers[thread];
+      ids.reserve_more(total / kBytesPerId / (thread == 0 ? 1 : threads));
+      for (size_t job; !failed.load(std::memory_order_relaxed) && (job = next_job(thread)) < count;) {
+        results[job] = {thread, ids.size()};
+        for (size_t i = jobs[job]; i < jobs[job + 1]; ++i) {
+          const size_t size = ids.size();
+          encode(parts[i].text, ids);
+          sizes[i] = ids.size() - size;
+        }
+      }
+    });
+  } catch (...) {
+    out.set_size(before);
+    throw;
+  }
 
-  std::vector<size_t> places(count + 1, out.size());
+  std::vector<size_t> places(count + 1, before);
   ends.assign(texts.size(), 0);
   for (size_t job = 0; job < count; ++job) {
     places[job + 1] = places[job];
@@ -465,12 +483,15 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, size_t th
       ends[parts[i].index] += sizes[i];
     }
   }
-  uint64_t at = out.size();
+  uint64_t at = before;
   for (auto& end : ends) end = at += end;
   out.reserve_more(places[count] - out.size());
-  on_all([&](size_t, size_t job) {
-    const uint32_t* const ids = buffers[results[job].thread].data() + results[job].at;
-    std::copy(ids, ids + (places[job + 1] - places[job]), out.data() + places[job]);
+  std::atomic<size_t> next{left.load().front};  // the first job of another thread
+  on_all([&](size_t) {
+    for (size_t job; (job = next.fetch_add(1)) < count;) {
+      const uint32_t* const ids = buffers[results[job].thread].data() + results[job].at;
+      std::copy(ids, ids + (places[job + 1] - places[job]), out.data() + places[job]);
+    }
   });
   out.set_size(places[count]);
 }
