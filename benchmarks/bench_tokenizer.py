@@ -8,8 +8,9 @@ tokenizers.
 
 DIR of the corpora holds NAME_bench.txt, documents one after the other, and NAME_bench.off.npy, their byte offsets
 (int64, documents + 1); DIR of the vocabularies the .tiktoken files. Everything runs pinned to one core, on one thread
-each, but for the rows that say two threads. Warm rows: all in one process, in turns, the median of the rounds; single
-strings after a round that is not timed. Cold rows: a fresh process each, its first batch after a call with one word.
+each, but for the rows that say two threads. Warm rows: all in one process, in turns, the median of the rounds; each call
+after one of the same library that is not timed, as the others empty the processor's caches (decoding: without). Cold rows:
+a fresh process each, its first batch after a call with one word.
 Times are CPU times of the process, which a busy machine disturbs less than the clock, though its caches are still
 shared; with two threads, and in training, which runs in fresh processes too, the clock's. The load average goes into the
 result. Ids are compared with tiktoken's (of every document) before anything is timed; who differs is marked and timed all
@@ -89,18 +90,25 @@ def worker(arguments: argparse.Namespace) -> dict[str, float]:
     return {"first_call_s": first, "s": cpu_s(lambda: (peer.arrays or peer.lists)(documents))}
 
 
-def in_processes(arguments: argparse.Namespace, row: str, peer: str, runs: int) -> list[dict[str, float]]:
-    """What `worker` gives in so many fresh processes."""
-    command = [sys.executable, "-m", "benchmarks.bench_tokenizer", "--worker", row, "--peer", peer]
+def in_processes(
+    arguments: argparse.Namespace, row: str, peers: list[str], runs: int
+) -> dict[str, list[dict[str, float]]]:
+    """What `worker` gives in so many fresh processes of every library, in turns; those that fail are left out."""
+    command = [sys.executable, "-m", "benchmarks.bench_tokenizer", "--worker", row]
     for option in ("corpora", "vocab", "encoding", "corpus", "mb", "cpu", "train"):
         if (value := getattr(arguments, option)) is not None:
             command += [f"--{option}", str(value)]
     threads = "1" if row == "cold" else "2"
     environment = os.environ | {"RAYON_NUM_THREADS": threads}
-    results = []
+    results: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
     for _ in range(runs):
-        done = subprocess.run(command, check=True, capture_output=True, env=environment)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        for peer in list(results):
+            done = subprocess.run([*command, "--peer", peer], capture_output=True, env=environment)
+            if done.returncode:
+                print(f"{peer}: left out ({done.stderr.decode().splitlines()[-1]})", file=sys.stderr)
+                del results[peer]
+            else:
+                results[peer].append(json.loads(done.stdout.splitlines()[-1]))
     return results
 
 
@@ -175,10 +183,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     quick = {name: peer for name, peer in peers.items() if name not in SLOW}
     arrays = {name: partial(peer.arrays, documents) for name, peer in quick.items() if peer.arrays}
-    rows.timed("batch to NumPy, warm", "MB/s", arrays, mb_s)
-    rows.timed(
-        "batch to lists, warm", "MB/s", {name: partial(peer.lists, documents) for name, peer in quick.items()}, mb_s
-    )
+    lists = {name: partial(peer.lists, documents) for name, peer in quick.items()}
+    rows.timed("batch to NumPy, warm", "MB/s", arrays, mb_s, warm=True)
+    rows.timed("batch to lists, warm", "MB/s", lists, mb_s, warm=True)
 
     def each(one: Callable[[str], Any], texts: list[str]) -> None:
         for _ in range(3):
@@ -204,11 +211,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ones = to_list | to_array
         calls = {n: partial(lambda one, left: one(left.pop()), one, list(letters)) for n, one in ones.items()}
         rows.timed("1 MB of random letters", "ms", calls, lambda seconds: seconds * 1e3)
-    cold = {name: in_processes(arguments, "cold", name, 3) for name in quick}
+    cold = in_processes(arguments, "cold", list(quick), ROUNDS)
     rows.add("batch to NumPy, cold", "MB/s", {n: [run["s"] for run in runs] for n, runs in cold.items()}, mb_s)
     first = {name: [run["first_call_s"] for run in runs] for name, runs in cold.items()}
     rows.add("first call", "ms", first, lambda seconds: seconds * 1e3)
-    threaded = {name: in_processes(arguments, "threads", name, 1) for name, peer in quick.items() if peer.threads}
+    threaded = in_processes(arguments, "threads", [name for name, peer in quick.items() if peer.threads], 3)
     rows.add("batch to NumPy, two threads", "MB/s", {n: [run["s"] for run in r] for n, r in threaded.items()}, mb_s)
     return rows.cases
 
@@ -217,12 +224,7 @@ def measure_training(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The row of training, two threads."""
     seconds: dict[str, list[float]] = {}
     memory: dict[str, dict[str, Any]] = {}
-    for name in TRAINERS:
-        try:
-            runs = in_processes(arguments, "train", name, 2)
-        except subprocess.CalledProcessError as error:
-            print(f"{name}: left out ({error.stderr.decode().splitlines()[-1]})", file=sys.stderr)
-            continue
+    for name, runs in in_processes(arguments, "train", list(TRAINERS), 2).items():
         seconds[name] = [run["s"] for run in runs]
         memory[name] = {"peak_mb": round(max(run["peak_mb"] for run in runs))}
     rows = Cases({"megabytes": round(arguments.train.stat().st_size / 1e6, 1)}, {})
@@ -281,7 +283,8 @@ def keep(out: Path, cases: list[dict[str, Any]], machine: dict[str, Any]) -> Pat
         "date": record.now(),
         "machine": machine,
         "versions": record.versions() | package_versions(),
-        "method": "CPU time on one core; warm: medians of 5 rounds in turns; cold: of 3 fresh processes; two threads: the clock",
+        "method": "CPU time on one core; warm: medians of 5 rounds in turns, each call after one not timed; cold: of 5 fresh processes;"
+        " two threads: the clock, 3 processes",
         "cases": older + cases,
         "failed": {},
     }
