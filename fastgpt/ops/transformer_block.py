@@ -265,7 +265,6 @@ def transformer_block(
     Raises:
         ValueError: shapes that do not fit, an unknown activation, a probability outside of [0, 1].
     """
-    n_kv_head = n_head if n_kv_head is None else n_kv_head
     return _checked(input, params, n_head, n_kv_head, activation, eps, attention_dropout, dropout, seeds)[0]
 
 
@@ -283,7 +282,6 @@ def transformer_block_with_qkv(
 ) -> tuple[Tensor, Tensor]:
     """`transformer_block`, and the queries, keys and values it made, (B, T, (H + 2 H_kv) D) in the dtype between the products: for a
     cache. They carry no gradient and share memory with what the backward reads, so that they are not to be written to."""
-    n_kv_head = n_head if n_kv_head is None else n_kv_head
     y, kept = _checked(input, params, n_head, n_kv_head, activation, eps, attention_dropout, dropout, seeds)
     rows, out = input.shape[0] * input.shape[1], params[2].shape[0]  # type: ignore[union-attr]
     return y, kept[: rows * out].view(*input.shape[:2], out)
@@ -293,7 +291,7 @@ def _checked(
     input: Tensor,
     params: Sequence[Tensor | None],
     n_head: int,
-    n_kv_head: int,
+    n_kv_head: int | None,
     activation: str,
     eps: float,
     attention_dropout: float,
@@ -307,6 +305,7 @@ def _checked(
         )
     if activation not in KINDS:
         raise ValueError(f"transformer_block: activation is {activation!r}, expected one of {', '.join(KINDS)}")
+    n_kv_head = n_head if n_kv_head is None else n_kv_head
     width = input.shape[-1]
     if n_head < 1 or width % n_head or n_kv_head < 1 or n_head % n_kv_head:
         raise ValueError(f"transformer_block: {n_head} heads and {n_kv_head} key heads do not fit a width of {width}")
