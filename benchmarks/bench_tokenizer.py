@@ -105,7 +105,8 @@ def in_processes(
         for peer in list(results):
             done = subprocess.run([*command, "--peer", peer], capture_output=True, env=environment)
             if done.returncode:
-                print(f"{peer}: left out ({done.stderr.decode().splitlines()[-1]})", file=sys.stderr)
+                said = done.stderr.decode().strip().splitlines() or [f"exit status {done.returncode}"]
+                print(f"{peer}: left out ({said[-1]})", file=sys.stderr)
                 del results[peer]
             else:
                 results[peer].append(json.loads(done.stdout.splitlines()[-1]))

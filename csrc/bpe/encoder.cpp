@@ -30,11 +30,11 @@ const uint8_t* as_bytes(std::string_view text) { return reinterpret_cast<const u
 }  // namespace
 
 struct Encoder::Worker {
-  explicit Worker(uint32_t id_limit) : cache(id_limit) {}
   WordCache cache;
   MergeScratch scratch;
   uint32_t ends[kBatchSpans];
   WordCache::Probe probes[kGroup];
+  uint32_t more[kGroup];  // those of a group that are no words of the cache
   uint8_t text[kShortBytes + kRoom] = {};
   // Pre-tokens of a call of encode_words that are not in the cache, each once, and where their ids belong.
   struct Hole {
@@ -59,7 +59,7 @@ class Encoder::Borrowed {
       place_ = i;
       if (!encoder.workers_[i]) {
         try {
-          encoder.workers_[i] = std::make_unique<Worker>(encoder.vocabulary_.slots());
+          encoder.workers_[i] = std::make_unique<Worker>();
         } catch (...) {
           encoder.busy_[i].store(false, std::memory_order_release);
           throw;
@@ -68,7 +68,7 @@ class Encoder::Borrowed {
       worker_ = encoder.workers_[i].get();
       return;
     }
-    own_ = std::make_unique<Worker>(encoder.vocabulary_.slots());
+    own_ = std::make_unique<Worker>();
     worker_ = own_.get();
   }
   ~Borrowed() {
@@ -105,21 +105,12 @@ size_t Encoder::merge_word(Worker& worker, const uint8_t* padded, size_t n, uint
   return merge_piece(vocabulary_, padded, n, out, worker.scratch);
 }
 
-// The same for up to WordCache::kMaxBytes bytes, remembered.
-[[gnu::noinline]] size_t Encoder::find_or_merge(Worker& worker, const WordCache::Probe& probe, const uint8_t* p,
+// The same, looked up in the cache first and remembered there.
+[[gnu::noinline]] size_t Encoder::find_or_merge(Worker& worker, const WordCache::Probe& probe, const uint8_t* padded,
                                                 size_t n, uint32_t* out) const {
-  if (const size_t count = worker.cache.find(probe, p, n, out)) return count;
-  const size_t count = merge_word(worker, p, n, out);
-  worker.cache.insert(probe, p, n, out, count);
-  return count;
-}
-
-// The same for more than WordCache::kMaxBytes bytes.
-size_t Encoder::merge_long_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const {
-  if (n > WordCache::kMaxFarBytes) return merge_word(worker, padded, n, out);
-  if (const size_t count = worker.cache.find_far(padded, n, out)) return count;
+  if (const size_t count = worker.cache.find(probe, padded, n, out)) return count;
   const size_t count = merge_word(worker, padded, n, out);
-  worker.cache.insert_far(padded, n, out, count);
+  worker.cache.insert(probe, padded, n, out, count);
   return count;
 }
 
@@ -128,38 +119,29 @@ size_t Encoder::encode_word(Worker& worker, const uint8_t* text, size_t size, si
                             uint32_t* out) const {
   const uint8_t* p = text + begin;
   const size_t n = end - begin;
-  if (n <= WordCache::kMaxBytes) {
-    uint8_t copy[WordCache::kMaxBytes + 1 + Vocabulary::kPadding] = {};
-    if (size - begin < sizeof(copy)) {
-      std::memcpy(copy, p, n);
-      p = copy;
+  uint8_t copy[64 + kRoom];
+  if (size - end < kRoom) {
+    uint8_t* to = copy;
+    if (n > 64) {
+      worker.scratch.padded.resize(n + kRoom);
+      to = worker.scratch.padded.data();
     }
-    const WordCache::Probe probe = worker.cache.probe(p, n);
-    return find_or_merge(worker, probe, p, n, out);
+    std::memcpy(to, p, n);
+    std::memset(to + n, 0, kRoom);
+    p = to;
   }
-  if (size - end >= Vocabulary::kPadding) return merge_long_word(worker, p, n, out);
-  worker.scratch.padded.assign(n + Vocabulary::kPadding, 0);
-  std::copy(p, text + end, worker.scratch.padded.begin());
-  const size_t count = merge_long_word(worker, worker.scratch.padded.data(), n, out);
+  const size_t count = find_or_merge(worker, worker.cache.probe(p, n), p, n, out);
   if (worker.scratch.padded.size() > kKeptBytes) std::vector<uint8_t>().swap(worker.scratch.padded);
   return count;
 }
 
-// The ids of a pre-token that stands at no first place of the cache, its probe made where it is of at most
-// WordCache::kMaxBytes. One that is not there at all is left for fill_holes. Returns by how much `out` moves on.
+// The ids of a pre-token that stands at no first place of the cache. One that is not there at all is left for
+// fill_holes. Returns by how much `out` moves on.
 [[gnu::noinline]] size_t Encoder::find_or_queue(Worker& worker, const WordCache::Probe& probe, const uint8_t* p,
                                                 size_t n, uint32_t* out) const {
-  if (n <= WordCache::kMaxBytes) {
-    if (const size_t count = worker.cache.find(probe, p, n, out)) return count;
-    if (look_whole_) return find_or_merge(worker, probe, p, n, out);
-  } else {
-    if (n > MergeJob::kMaxBytes || look_whole_) return merge_long_word(worker, p, n, out);
-    if (const size_t count = worker.cache.find_far(p, n, out)) return count;
-  }
-  uint64_t head, tail;
-  std::memcpy(&head, p, 8);
-  std::memcpy(&tail, p + std::max<size_t>(n, 8) - 8, 8);
-  const uint64_t key = n <= WordCache::kMaxBytes ? probe.low ^ probe.high : head ^ tail;
+  if (n > MergeJob::kMaxBytes || look_whole_) return find_or_merge(worker, probe, p, n, out);
+  if (const size_t count = worker.cache.find(probe, p, n, out)) return count;
+  const uint64_t key = probe.low ^ probe.high;
   size_t place = mix(key + n) >> 16 & (kJobPlaces - 1);
   for (; worker.job_places[place]; place = (place + 1) & (kJobPlaces - 1)) {
     const uint32_t job = worker.job_places[place] - 1u;
@@ -187,11 +169,7 @@ size_t Encoder::fill_holes(Worker& worker, uint32_t* out) const {
   merge_pieces(vocabulary_, worker.jobs, jobs, worker.scratch);
   for (size_t i = 0; i < jobs; ++i) {
     const MergeJob& job = worker.jobs[i];
-    if (job.size > WordCache::kMaxBytes) {
-      worker.cache.insert_far(job.bytes, job.size, job.ids, job.count);
-    } else {
-      worker.cache.insert(worker.job_probes[i], job.bytes, job.size, job.ids, job.count);
-    }
+    worker.cache.insert(worker.job_probes[i], job.bytes, job.size, job.ids, job.count);
   }
   size_t total = 0;
   for (size_t i = 0; i < worker.hole_count; ++i) total += worker.jobs[worker.holes[i].job].count;
@@ -216,14 +194,34 @@ void Encoder::forget_jobs(Worker& worker) {
   worker.job_count = worker.hole_count = 0;
 }
 
-// The ids of one pre-token with room behind it, whose probe has been made where it is of at most WordCache::kMaxBytes.
-inline uint32_t* Encoder::encode_probed(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
-                                        uint32_t* out) const {
-  if (__builtin_expect(n <= 15, 1)) {
-    const size_t count = WordCache::find_quick(probe, n, out);
-    if (__builtin_expect(count != 0, 1)) return out + count;
+// The ids of the pre-tokens of p that end at ends[0, spans), counted from `begin` on, where p stands. kRoom bytes may
+// be read behind the last of them.
+uint32_t* Encoder::encode_roomy(Worker& worker, const uint8_t* p, size_t begin, const uint32_t* ends, size_t spans,
+                                uint32_t* out) const {
+  const size_t first = begin;
+  for (size_t group = 0; group < spans; group += kGroup) {
+    const size_t group_end = std::min(group + kGroup, spans);
+    size_t from = begin, more = 0;
+    WordCache::Probe* probe = worker.probes;
+    for (size_t i = group; i < group_end; from = ends[i++], ++probe) {
+      const size_t n = ends[i] - from;
+      *probe = worker.cache.probe(p + (from - first), n);
+      __builtin_prefetch(probe->line);
+      if (__builtin_expect(!WordCache::is_word(n), 0)) worker.more[more++] = static_cast<uint32_t>(i);
+    }
+    for (size_t k = 0; k < more; ++k) {
+      const size_t i = worker.more[k];
+      worker.cache.fetch_rest(worker.probes[i - group], ends[i] - (i ? ends[i - 1] : first));
+    }
+    probe = worker.probes;
+    for (size_t i = group; i < group_end; ++i, ++probe) {
+      if (WordCache::find_quick(*probe, out)) continue;
+      if (i > group) begin = ends[i - 1];
+      out += find_or_queue(worker, *probe, p + (begin - first), ends[i] - begin, out);
+    }
+    begin = ends[group_end - 1];
   }
-  return out + find_or_queue(worker, probe, p, n, out);
+  return out;
 }
 
 // The ids of the pre-tokens that begin at `begin` and end at worker.ends[0, spans).
@@ -234,19 +232,13 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t read
   size_t inside = spans;
   while (inside && worker.ends[inside - 1] + kRoom > readable) --inside;
   if (worker.job_count) forget_jobs(worker);  // what an exception has left
-  for (size_t group = 0; group < inside; group += kGroup) {
-    const size_t group_end = std::min(group + kGroup, inside);
-    size_t from = begin;
-    for (size_t i = group; i < group_end; from = worker.ends[i++]) {
-      const size_t n = worker.ends[i] - from;
-      if (__builtin_expect(n <= WordCache::kMaxBytes, 1)) {
-        worker.probes[i - group] = worker.cache.probe(text + from, n);
-        __builtin_prefetch(worker.probes[i - group].line);
-      }
-    }
-    for (size_t i = group; i < group_end; begin = worker.ends[i++]) {
-      out = encode_probed(worker, worker.probes[i - group], text + begin, worker.ends[i] - begin, out);
-    }
+  out = encode_roomy(worker, text + begin, begin, worker.ends, inside, out);
+  if (inside) begin = worker.ends[inside - 1];
+  // The text's last ones, of a few bytes together, are copied to where there is room.
+  if (const size_t rest = worker.ends[spans - 1] - begin; inside < spans && rest <= kShortBytes) {
+    std::memcpy(worker.text, text + begin, rest);
+    out = encode_roomy(worker, worker.text, begin, worker.ends + inside, spans - inside, out);
+    inside = spans;
   }
   if (worker.hole_count) out += fill_holes(worker, out);
   for (size_t i = inside; i < spans; begin = worker.ends[i++]) {

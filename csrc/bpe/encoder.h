@@ -1,7 +1,7 @@
 // From text to ids: pre-token, cache, merge.
 //
 // Most pre-tokens of a text have been seen before, so each worker holds a cache of whole pre-tokens with their ids
-// (word_cache.h: at most 42 MiB, taken as it fills). What is not there is looked up whole in the vocabulary and else
+// (word_cache.h: at most 46 MiB, taken as it fills). What is not there is looked up whole in the vocabulary and else
 // merged.
 //
 // Thread safety: const methods may be called from any number of threads. A call borrows a worker from a fixed array by
@@ -69,15 +69,14 @@ class Encoder {
   template <class Word>
   void for_each_word(std::string_view text, const Word& word) const;
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
-  uint32_t* encode_probed(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n,
-                          uint32_t* out) const;
   size_t find_or_queue(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const;
   size_t fill_holes(Worker& worker, uint32_t* out) const;
   static void forget_jobs(Worker& worker);
+  uint32_t* encode_roomy(Worker& worker, const uint8_t* p, size_t begin, const uint32_t* ends, size_t spans,
+                         uint32_t* out) const;
   uint32_t* encode_words(Worker& worker, const uint8_t* text, size_t readable, size_t begin, size_t spans,
                          uint32_t* out) const;
   size_t find_or_merge(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const;
-  size_t merge_long_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
   size_t merge_word(Worker& worker, const uint8_t* padded, size_t n, uint32_t* out) const;
 
   Vocabulary vocabulary_;
