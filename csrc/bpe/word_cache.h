@@ -2,10 +2,10 @@
 //
 // A pre-token of up to 15 bytes has an entry of 32: the bytes with the length in the last, and up to three ids as they
 // are written, or six packed. Entries stand where their hash says, else elsewhere in that cache line or in its seven
-// neighbours; a new one finds an empty place or takes an old one's. One of up to 31 bytes has a line of its own, or one of
-// seven more. More ids than fit go to an arena, as do pre-tokens of up to 1 KiB with their ids, found by a table of their
-// own; when an arena is full, what points into it is forgotten. So memory is bounded: 26 MiB of tables and 20 MiB of
-// arenas, taken as they are used.
+// neighbours; a new one finds an empty place or takes an old one's. One of up to 31 bytes has a line of its own, or one
+// of seven more. More ids than fit go to an arena, as do pre-tokens of up to 1 KiB with their ids, found by a table of
+// their own; when an arena is full, what points into it is forgotten. So memory is bounded: 26 MiB of tables and 20 MiB
+// of arenas, taken as they are used.
 //
 // Finding is in steps, so that the lines of many pre-tokens can be on their way from memory at once, and so that the
 // common case is a dozen instructions without a branch that depends on the text: `probe` makes the key and says which
