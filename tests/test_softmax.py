@@ -179,3 +179,21 @@ def test_bad_input():
         ops.softmax(torch.ones(3), mask=torch.ones(2, 3))
     with pytest.raises(NotImplementedError, match="mask requires a gradient"):
         ops.softmax(torch.ones(3, requires_grad=True), mask=torch.ones(3, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_large_results_are_those_of_their_parts(isa, dtype, is_causal):
+    """From 32 MB on rows are written past the caches."""
+    rows = 1040
+    heads = 2**25 // (rows * rows * dtype.itemsize) + 1
+    x = random(heads, rows, rows, dtype=dtype).requires_grad_()
+    mask = random(rows, seed=2)
+    grad = random(heads, rows, rows, dtype=dtype, seed=3)
+    y = ops.softmax(x, mask=mask, is_causal=is_causal)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    for part in (0, heads - 1):
+        small = x[part].detach().requires_grad_()
+        want = ops.softmax(small, mask=mask, is_causal=is_causal)
+        assert torch.equal(y[part], want)
+        assert torch.equal(dx[part], torch.autograd.grad(want, small, grad[part])[0])
