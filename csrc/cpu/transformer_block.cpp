@@ -11,12 +11,13 @@ namespace {
 
 int64_t size_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
 
-// Memory of the calling thread's own between the kernels of a block.
+// Memory of the calling thread's own between the kernels of a block, aligned to a cache line.
 template <int kWhich>
 void* workspace(int64_t bytes) {
   static thread_local std::vector<double> buffer;
-  if (static_cast<int64_t>(buffer.size() * sizeof(double)) < bytes) buffer = std::vector<double>(bytes / 8 + 1);
-  return buffer.data();
+  const size_t doubles = static_cast<size_t>(bytes) / sizeof(double) + 9;
+  if (buffer.size() < doubles) buffer = std::vector<double>(doubles);
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t{63});
 }
 
 struct Block {
