@@ -299,9 +299,9 @@ size_t Encoder::encode_short(std::string_view text, uint32_t* out) const {
   return static_cast<size_t>(ids - out);
 }
 
-// Calls word(ids, how many) for every pre-token, until it returns false.
-template <class Word>
-void Encoder::for_each_word(std::string_view text, const Word& word) const {
+// Calls take(ids, how many) for the ids of some pre-tokens at a time, until it returns false.
+template <class Take>
+void Encoder::for_each_batch(std::string_view text, const Take& take) const {
   if (text.empty()) return;
   Borrowed worker(*this);
   IdBuffer ids;
@@ -309,17 +309,17 @@ void Encoder::for_each_word(std::string_view text, const Word& word) const {
   scan_chunks(text, [&](const uint8_t* p, size_t size) {
     for (size_t pos = 0; pos < size && more;) {
       const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
-      for (size_t i = 0; i < spans && more; pos = worker->ends[i++]) {
-        ids.reserve_more(worker->ends[i] - pos + kSlackIds);
-        more = word(ids.data(), encode_word(*worker, p, size, pos, worker->ends[i], ids.data()));
-      }
+      ids.reserve_more(worker->ends[spans - 1] - pos + kSlackIds);
+      const uint32_t* const end = encode_words(*worker, p, size, pos, spans, ids.data());
+      more = take(ids.data(), static_cast<size_t>(end - ids.data()));
+      pos = worker->ends[spans - 1];
     }
   });
 }
 
 size_t Encoder::count(std::string_view text) const {
   size_t total = 0;
-  for_each_word(text, [&](const uint32_t*, size_t count) {
+  for_each_batch(text, [&](const uint32_t*, size_t count) {
     total += count;
     return true;
   });
@@ -329,7 +329,7 @@ size_t Encoder::count(std::string_view text) const {
 size_t Encoder::prefix_bytes(std::string_view text, size_t max_ids) const {
   size_t left = max_ids, bytes = 0;
   if (!left) return 0;
-  for_each_word(text, [&](const uint32_t* ids, size_t count) {
+  for_each_batch(text, [&](const uint32_t* ids, size_t count) {
     for (size_t i = 0; i < count && left; ++i, --left) bytes += vocabulary_.bytes(ids[i]).size();
     return left > 0;
   });

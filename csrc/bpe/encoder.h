@@ -66,8 +66,8 @@ class Encoder {
 
   template <class Part>
   void scan_chunks(std::string_view text, const Part& part) const;
-  template <class Word>
-  void for_each_word(std::string_view text, const Word& word) const;
+  template <class Take>
+  void for_each_batch(std::string_view text, const Take& take) const;
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
   size_t find_or_queue(Worker& worker, const WordCache::Probe& probe, const uint8_t* p, size_t n, uint32_t* out) const;
   size_t fill_holes(Worker& worker, uint32_t* out) const;
