@@ -62,7 +62,8 @@ def arguments(base: Path, data: Path, out: Path, kind: str, *, epochs: int, inte
 
 def compare(whole: Path, other: Path) -> None:
     """Raises AssertionError unless two finished runs have the same files, losses and weights."""
-    assert sorted(path.name for path in whole.rglob("*")) == sorted(path.name for path in other.rglob("*"))
+    names = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (whole, other)]
+    assert names[0] == names[1], names
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, other)]
     for one, two in zip(*lines, strict=True):
         assert {key: one[key] for key in one if key not in ("elapsed_s", "tokens_per_s")} == {

@@ -63,7 +63,8 @@ def test_ctrl_c_and_resume_repeat_the_uninterrupted_run_bit_for_bit(tmp_path, mo
     assert _stopped(monkeypatch, made, run, kind, step) == 130
     assert f"stopped after step {step}; a checkpoint is written" in capfd.readouterr().err
     assert not (run / "summary.json").exists()
-    (run / ".model.safetensors.abc.tmp").write_bytes(b"what a kill leaves")
+    for name in (".model.safetensors.abc.tmp", ".tmp5MDgPg"):
+        (run / name).write_bytes(b"what a kill leaves")
     assert cli.main(["finetune", "--resume", str(run)]) == 0
     kill_finetuning.compare(whole, run)
     assert not (run / CHECKPOINT).exists()

@@ -41,12 +41,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what kills in the middle of a write have left in a folder: hidden files that end in `.tmp`.
+    """Remove what kills in the middle of a write have left in a folder: hidden files that end in `.tmp`, and safetensors' `.tmpXXXXXX`.
 
     For a process that holds the folder (`fastgpt.train.run.locked`): weights of a run are written under a new name each time, so that
     without this every kill could leave a file of their size.
     """
-    for path in folder.glob(".*.tmp"):
+    ours, theirs = folder.glob(".*.tmp"), folder.glob(".tmp" + "[0-9A-Za-z]" * 6)
+    for path in (*ours, *theirs):
         with suppress(OSError):  # a folder, or one that cannot be written: what writes next says so
             path.unlink()
 
