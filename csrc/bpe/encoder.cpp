@@ -34,7 +34,6 @@ struct Encoder::Worker {
   MergeScratch scratch;
   uint32_t ends[kBatchSpans];
   WordCache::Probe probes[kGroup];
-  uint32_t more[kGroup];  // those of a group that are no words of the cache
   uint8_t text[kShortBytes + kRoom] = {};
   // Pre-tokens of a call of encode_words that are not in the cache, each once, and where their ids belong.
   struct Hole {
@@ -201,16 +200,17 @@ uint32_t* Encoder::encode_roomy(Worker& worker, const uint8_t* p, size_t begin, 
   const size_t first = begin;
   for (size_t group = 0; group < spans; group += kGroup) {
     const size_t group_end = std::min(group + kGroup, spans);
-    size_t from = begin, more = 0;
+    uint32_t more[kGroup];  // those that are no words of the cache
+    size_t from = begin, more_count = 0;
     WordCache::Probe* probe = worker.probes;
     for (size_t i = group; i < group_end; from = ends[i++], ++probe) {
       const size_t n = ends[i] - from;
       *probe = worker.cache.probe(p + (from - first), n);
       __builtin_prefetch(probe->line);
-      if (__builtin_expect(!WordCache::is_word(n), 0)) worker.more[more++] = static_cast<uint32_t>(i);
+      if (__builtin_expect(!WordCache::is_word(n), 0)) more[more_count++] = static_cast<uint32_t>(i);
     }
-    for (size_t k = 0; k < more; ++k) {
-      const size_t i = worker.more[k];
+    for (size_t k = 0; k < more_count; ++k) {
+      const size_t i = more[k];
       worker.cache.fetch_rest(worker.probes[i - group], ends[i] - (i ? ends[i - 1] : first));
     }
     probe = worker.probes;

@@ -74,7 +74,7 @@ class WordCache {
       if (line.count == kSpilled) __builtin_prefetch(arena_.data() + (line.ids[0] >> kSizeBits));
     } else if (n <= kMaxBytes) {
       const Far& entry = *place<Far>(probe, 0);
-      if (!entry.bytes) return;
+      if (!entry.used()) return;
       __builtin_prefetch(far_arena_.data() + entry.place);
       __builtin_prefetch(far_arena_.data() + entry.place + 64);
     }
@@ -88,7 +88,7 @@ class WordCache {
     uint32_t count;
     std::memcpy(&low, entry + offsetof(Word, low), sizeof(low));
     std::memcpy(&high, entry + offsetof(Word, high), sizeof(high));
-    std::memcpy(&count, entry + offsetof(Word, ids) + 12, sizeof(count));
+    std::memcpy(&count, entry + offsetof(Word, ids) + 3 * sizeof(uint32_t), sizeof(count));
     std::memcpy(out, entry + offsetof(Word, ids), sizeof(Word::ids));  // one access, the count with them
     if (__builtin_expect(((low ^ probe.low) | (high ^ probe.high)) != 0, 0)) return false;
     out += count;
@@ -103,7 +103,10 @@ class WordCache {
         const Word& word = *place<Word>(probe, way);
         if (!word.used()) return 0;
         if (word.low != probe.low) continue;
-        if (word.high == probe.high) return std::memcpy(out, word.ids, sizeof(word.ids)), word.ids[3];
+        if (word.high == probe.high) {
+          std::memcpy(out, word.ids, sizeof(word.ids));
+          return word.ids[3];
+        }
         if (word.high == (probe.high | kPacked)) return emit_packed(word, out);
       }
     } else if (n <= kLongBytes) {

@@ -118,10 +118,7 @@ INLINE int64_t keys_end(const Args& a, int64_t i_end) {
 // 4-byte elements of a thread's own scratch, a cache line aligned, that keep their memory between calls.
 class Arena {
  public:
-  explicit Arena(int64_t elements) {
-    const auto address = reinterpret_cast<uintptr_t>(scratch(elements + kLine));
-    at_ = reinterpret_cast<float*>((address + 4 * kLine - 1) / (4 * kLine) * (4 * kLine));
-  }
+  explicit Arena(int64_t elements) : at_(scratch(elements)) {}
 
   template <class Element>
   Element* take(int64_t elements) {

@@ -13,6 +13,7 @@ namespace {
 // clang-format off: each needs those before it
 #include "cpu/vec.inl"
 #include "cpu/vec_math.inl"
+#include "cpu/memory.inl"
 #include "cpu/parallel.inl"
 #include "cpu/philox.inl"
 

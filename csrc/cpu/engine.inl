@@ -7,6 +7,7 @@ namespace {
 // clang-format off: the order matters
 #include "cpu/vec.inl"
 #include "cpu/vec_math.inl"
+#include "cpu/memory.inl"
 #include "cpu/parallel.inl"
 
 #include "cpu/activation.inl"

@@ -60,7 +60,7 @@ void few_rows_transposed(const X* x, const W* weight, int64_t rows, int64_t in, 
   const int64_t parts = std::max<int64_t>(1, (in + kChain - 1) / kChain), stride = round_up(out, kPanel);
   const int64_t columns = parts >= 4 * threads ? round_up(out, kLanes) : kColumns;
   const int64_t across = (out + columns - 1) / columns;
-  float* sums = static_cast<float*>(packed_memory<3>(parts * rows * stride * int64_t{sizeof(float)}));
+  float* sums = static_cast<float*>(thread_memory<3>(parts * rows * stride * int64_t{sizeof(float)}));
   const int64_t work = kChain * std::min(columns, out);
   parallel_for(parts * across, std::max<int64_t>(1, kGrain / (work + 1)), threads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {

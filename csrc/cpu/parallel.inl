@@ -39,9 +39,5 @@ INLINE void with_type(DType dtype, const Body& body) {
   }
 }
 
-// A float buffer of a thread's own that keeps its memory between calls, aligned to a cache line.
-INLINE float* scratch(int64_t floats) {
-  static thread_local std::vector<float> buffer;
-  if (static_cast<int64_t>(buffer.size()) < floats + 16) buffer.resize(floats + 16);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t{63});
-}
+// A float buffer of a thread's own for one row or task; products have theirs (product.inl).
+INLINE float* scratch(int64_t floats) { return static_cast<float*>(thread_memory<4>(floats * int64_t{sizeof(float)})); }

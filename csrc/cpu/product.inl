@@ -34,15 +34,6 @@ INLINE void with_matrix(const Matrix& m, int64_t row, int64_t column, const Body
   with_type(m.dtype, [&](auto tag) { body(static_cast<const decltype(tag)*>(m.from(row, column).data)); });
 }
 
-// Memory of a thread's own for packed blocks, aligned to a cache line.
-template <int kWhich>
-INLINE void* packed_memory(int64_t bytes) {
-  static thread_local std::vector<float> buffer;
-  const size_t floats = static_cast<size_t>(bytes) / sizeof(float) + 16;
-  if (buffer.size() < floats) buffer = std::vector<float>(floats);
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t{63});
-}
-
 // Rows of A that lie in memory as columns, kProductRows of them together: out(strip, k, r) = x(k, strip and r).
 template <class Math, class T>
 void pack_strips(const T* x, int64_t stride, int64_t depth, int64_t rows, typename Math::Element* out) {
@@ -133,7 +124,7 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
   const int64_t lda = kTransposedA ? kProductRows : round_up(steps, kLanes);
   const int64_t strip_size = kTransposedA ? kProductRows * steps : kProductRows * lda;  // of kProductRows rows
 
-  Element* packed = static_cast<Element*>(packed_memory<0>(panels_at_once * panel_size * sizeof(Element)));
+  Element* packed = static_cast<Element*>(thread_memory<0>(panels_at_once * panel_size * sizeof(Element)));
   const int64_t work = rows * columns * depth;
   const int team = work < 64 * 64 * 64 ? 1 : threads;
 
@@ -164,8 +155,8 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
         }
       }
       Element* rows_of_a =
-          static_cast<Element*>(packed_memory<1>((strips / blocks + 1) * strip_size * sizeof(Element)));
-      float* tile = static_cast<float*>(packed_memory<2>(kProductRows * kPanel * sizeof(float)));
+          static_cast<Element*>(thread_memory<1>((strips / blocks + 1) * strip_size * sizeof(Element)));
+      float* tile = static_cast<float*>(thread_memory<2>(kProductRows * kPanel * sizeof(float)));
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
         const int64_t r0 = block_row(i), height = std::min(block_row(i + 1), rows) - r0;
         const Element* block = rows_of_a;
@@ -226,7 +217,7 @@ void product(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, in
         a, b, rows, columns, depth, threads, [](int64_t, int64_t, int, int) {}, finish);
     return;
   }
-  if (sums.data == nullptr) sums.data = static_cast<float*>(packed_memory<3>(rows * columns * int64_t{sizeof(float)}));
+  if (sums.data == nullptr) sums.data = static_cast<float*>(thread_memory<3>(rows * columns * int64_t{sizeof(float)}));
   const int64_t part = round_up((depth + parts - 1) / parts, kTermsAtOnce);
   for (int64_t k = 0; k == 0 || k < depth; k += part) {
     const bool add = k > 0 || sums.started, last = k + part >= depth;

@@ -11,14 +11,7 @@ namespace {
 
 int64_t size_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
 
-// Memory of the calling thread's own between the kernels of a block, aligned to a cache line.
-template <int kWhich>
-void* workspace(int64_t bytes) {
-  static thread_local std::vector<double> buffer;
-  const size_t doubles = static_cast<size_t>(bytes) / sizeof(double) + 9;
-  if (buffer.size() < doubles) buffer = std::vector<double>(doubles);
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t{63});
-}
+#include "cpu/memory.inl"
 
 struct Block {
   const BlockShape& s;
@@ -159,7 +152,7 @@ void transformer_block(const BlockShape& s, const BlockWeights& w, const void* x
                        int threads) {
   const Block block{s, w, threads};
   const int64_t rows = block.rows;
-  void* normed = workspace<0>(rows * s.width * size_of(s.stream));
+  void* normed = thread_memory<0>(rows * s.width * size_of(s.stream));
 
   block.norm(w.norm1, x, normed, state.mean1, state.rstd1);
   block.run.linear(block.product(w.qkv, s.stream, normed, s.width, s.inner, state.qkv, block.qkv_width), threads);
@@ -183,7 +176,7 @@ void transformer_block(const BlockShape& s, const BlockWeights& w, const void* x
             x);
 
   block.norm(w.norm2, state.middle, normed, state.mean2, state.rstd2);
-  void* activated = state.hidden != nullptr ? state.hidden : workspace<1>(rows * s.hidden * size_of(s.inner));
+  void* activated = state.hidden != nullptr ? state.hidden : thread_memory<1>(rows * s.hidden * size_of(s.inner));
   LinearArgs fc = block.product(w.fc, s.stream, normed, s.width, s.inner, activated, s.hidden);
   fc.has_activation = true;
   fc.activation = s.activation;
@@ -196,13 +189,13 @@ void transformer_block_backward(const BlockShape& s, const BlockWeights& w, cons
                                 const void* dy, void* dx, const BlockGradients& g, int threads) {
   const Block block{s, w, threads};
   const int64_t rows = block.rows;
-  void* normed = workspace<0>(rows * s.width * size_of(s.stream));
+  void* normed = thread_memory<0>(rows * s.width * size_of(s.stream));
   // The gradient of the activation's input, then over it that of queries, keys and values.
-  void* inner = workspace<1>(rows * std::max(s.hidden, block.qkv_width) * size_of(s.inner));
-  void* dmiddle = workspace<2>(rows * s.width * size_of(s.stream));
-  void* dattended = workspace<3>(rows * s.width * size_of(s.inner));
+  void* inner = thread_memory<1>(rows * std::max(s.hidden, block.qkv_width) * size_of(s.inner));
+  void* dmiddle = thread_memory<2>(rows * s.width * size_of(s.stream));
+  void* dattended = thread_memory<3>(rows * s.width * size_of(s.inner));
   const bool masks = s.dropout.proj.threshold != 0 || s.dropout.out.threshold != 0;
-  void* masked = workspace<4>(masks ? rows * s.width * size_of(s.stream) : 0);
+  void* masked = thread_memory<4>(masks ? rows * s.width * size_of(s.stream) : 0);
 
   const void* dout = block.added_gradient(s.dropout.out, dy, masked);
   block.weight_gradient(g.out, s.stream, dout, s.width, s.inner, state.hidden, s.hidden);
