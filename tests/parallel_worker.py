@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.train import Trainer, open_run
-from fastgpt.train.parallel import joined
+from fastgpt.train.parallel import joined, leave
 
 
 def train(entry: dict, group) -> dict:
@@ -63,3 +63,4 @@ def main(plan: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

@@ -185,6 +185,28 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path):
     assert f"resuming from {folder / 'checkpoints' / f'step-{step:06d}'}" in done.stderr
 
 
+def test_processes_of_a_job_leave_without_the_interpreters_end(tmp_path):
+    """At which one of gloo's threads could abort them; seen as a function for the interpreter's end that is not called."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, pathlib\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "(here / f'began-{os.environ.get(\"RANK\")}').touch()\n"
+        "atexit.register((here / f'ended-{os.environ.get(\"RANK\")}').touch)\n"
+    )
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        torchrun("-m", "fastgpt", *arguments(text_file(tmp_path), tmp_path / "run")),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": path},
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"run folder: {tmp_path / 'run'}" in done.stdout  # what was said last is not lost
+    assert {"began-0", "began-1", "ended-None"} <= {path.name for path in tmp_path.iterdir()}
+    assert not [*tmp_path.glob("ended-[01]")]
+
+
 def test_shares_cover_each_batch_and_are_as_many_for_all():
     batches = EvalBatches(torch.arange(200).numpy(), block_size=8, batch_size=4, n_tokens=72)
     assert [len(x) for x, _ in batches] == [4, 4, 1]

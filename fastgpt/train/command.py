@@ -96,7 +96,7 @@ def train(arguments: Sequence[str]) -> int:
     if wait_politely() and os.environ.get("RANK", "0") == "0":  # before torch loads OpenMP
         say("note: other work is running on these cores, so threads sleep while they wait; a quiet machine is faster")
     import_torch()
-    from fastgpt.train.parallel import job_size, joined
+    from fastgpt.train.parallel import job_size, joined, leave
     from fastgpt.train.run import locked, open_run, start_run
 
     if dry_run is not None:
@@ -125,7 +125,10 @@ def train(arguments: Sequence[str]) -> int:
             trainer = Trainer(run, say, group)
             trainer.say(trainer.description)
             outcome = trainer.fit()
-    return _conclude(trainer, outcome) if group.main else outcome.exit_code
+    code = _conclude(trainer, outcome) if group.main else outcome.exit_code
+    if group.world_size > 1:
+        leave(code)
+    return code
 
 
 def _conclude(trainer: "Trainer", outcome: "Outcome") -> int:

@@ -13,10 +13,11 @@ for one another for ever.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -148,6 +149,17 @@ def joined(device: str = "auto") -> Iterator[Group]:
         yield Group(rank, size, local)
     finally:
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process of a job with an exit code, without the interpreter's own end.
+
+    gloo's threads may outlive their group (FSDP keeps it), and one that lets go of a tensor while the interpreter is being taken down
+    aborts the process: a finished job would count as failed (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def device_of(device: torch.device, group: Group) -> torch.device:
