@@ -2,6 +2,8 @@
 
 struct Classes {
   uint64_t letters, upper, digits, space, white, newline, apostrophe, slash, high;
+  uint64_t common = 0;  // letters without case
+  uint64_t inner = 0;   // bytes of characters but the first
 };
 
 inline Classes classes_of(__m512i v) {

@@ -17,6 +17,8 @@ constexpr char kIsaName[] = "avx2";
 
 struct Classes {
   uint64_t letters, upper, digits, space, white, newline, apostrophe, slash, high;
+  uint64_t common = 0;  // letters without case
+  uint64_t inner = 0;   // bytes of characters but the first
 };
 
 inline uint64_t bits(__m256i a, __m256i b) {

@@ -1,4 +1,5 @@
-// The scanners for AVX-512 with VBMI2 (Ice Lake, Zen 4), which writes the places of a mask's bits all at once.
+// The scanners for AVX-512 with VBMI and VBMI2 (Ice Lake, Zen 4): tables of 128 bytes are looked into for 64 bytes at
+// once, and the places of a mask's bits written all at once.
 #include <algorithm>
 
 #include "bpe/scan_token.h"
@@ -7,7 +8,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC target("avx512f,avx512bw,avx512vbmi2,bmi,bmi2,lzcnt,popcnt")
+#pragma GCC target("avx512f,avx512bw,avx512vbmi,avx512vbmi2,bmi,bmi2,lzcnt,popcnt")
 
 namespace fastgpt::bpe {
 namespace {
@@ -15,6 +16,7 @@ namespace {
 constexpr char kIsaName[] = "avx512";
 
 #include "bpe/classify_avx512.inl"
+#include "bpe/classify_wide_vbmi.inl"
 
 #define FASTGPT_WRITE_PLACES
 // Sixteen at a time, most windows having no more.
@@ -44,8 +46,8 @@ inline size_t write_places(uint64_t mask, uint32_t base, uint32_t* out) {
 
 const ScannerTable* avx512_vbmi2_scanners() {
   const bool there = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi") &&
-                     __builtin_cpu_supports("bmi2");
+                     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   return there ? &kTable : nullptr;
 }
 

@@ -1,12 +1,15 @@
 // The vector scanners: included inside an anonymous namespace by the file of each instruction set, after that file has
 // defined `Classes classify(const uint8_t* p)`, which looks at 64 bytes, and `classify_part`, which looks at fewer, and
-// may have defined `write_places`, with the macro FASTGPT_WRITE_PLACES.
+// may have defined `write_places`, with the macro FASTGPT_WRITE_PLACES, and `add_wide` for what is not ASCII, with
+// FASTGPT_WIDE.
 //
-// A window of up to 64 bytes begins at a known boundary, so nothing before it matters. Its bytes become bit masks, one
-// a class, and the starts of all pre-tokens in it follow from shifts, ands and carries. Starts that bytes behind the
-// window could change are dropped, the last start left begins the next window. A window ends before the first byte that
-// is not ASCII; where that leaves no start to go on with, one pre-token is found by the scalar code. The text's last
-// window is its last one where no white space ends it: what the text's end means for a pattern is about white space.
+// A window of up to 64 bytes begins at a known boundary or within letters, so nothing before it matters. Its bytes
+// become bit masks, one a class, and the starts of all pre-tokens in it follow from shifts, ands and carries. Starts
+// that bytes behind the window could change are dropped, the last start left begins the next window. A window ends
+// before the first character whose class is not known; where that leaves no start to go on with, the next window
+// begins with a late letter of the run that fills it, or else one pre-token is found by the scalar code. The text's
+// last window is its last one where no white space ends it: what the text's end means for a pattern is about white
+// space.
 
 constexpr size_t kWindow = 64;
 
@@ -24,6 +27,12 @@ inline size_t write_places(uint64_t mask, uint32_t base, uint32_t* out) {
   }
   return count;
 }
+#endif
+
+#ifndef FASTGPT_WIDE
+constexpr bool kWide = false;
+#else
+constexpr bool kWide = true;
 #endif
 
 // What is common to the patterns.
@@ -46,6 +55,8 @@ struct Window {
     letter_start = c.letters & ~(c.letters << 1);
     digit_start = c.digits & ~(c.digits << 1);
   }
+  // What follows the characters that begin at these places.
+  uint64_t after(uint64_t places) const { return kWide ? ((places << 1) + c.inner) & ~c.inner : places << 1; }
 };
 
 // Starts in white space where lines matter: a run's begin, what follows its last line end, its last character. Line
@@ -96,6 +107,7 @@ inline uint64_t with_contractions(uint64_t starts, uint64_t candidates, const ui
 
 struct Gpt2Starts {
   using Token = Gpt2Token;
+  static constexpr bool kCased = false;
   static uint64_t find(const Window& w, const uint8_t* p, const uint8_t* end) {
     const uint64_t alone = ~(w.c.space << 1);
     const uint64_t white = w.c.white;
@@ -108,9 +120,10 @@ struct Gpt2Starts {
 template <int kDigits, bool kEndFirst>
 struct Cl100kStarts {
   using Token = Cl100kToken<kDigits, kEndFirst>;
+  static constexpr bool kCased = false;
   static uint64_t find(const Window& w, const uint8_t* p, const uint8_t* end) {
     const uint64_t blank = w.c.white & ~w.c.newline;
-    const uint64_t prefix = (blank | w.free_symbol) << 1;  // a letter here has its pre-token's begin before it
+    const uint64_t prefix = w.after(blank | w.free_symbol);  // a letter here has its pre-token's begin before it
     const uint64_t digits = kDigits == 1 ? w.c.digits : digit_starts_by_three(w);
     const uint64_t starts = (w.letter_start & ~prefix) | digits | w.free_symbol | white_starts_with_lines(w);
     return with_contractions<true, false>(starts, w.free_symbol & w.c.apostrophe & (w.c.letters >> 1), p, end);
@@ -119,17 +132,27 @@ struct Cl100kStarts {
 
 struct O200kStarts {
   using Token = O200kToken;
+  static constexpr bool kCased = true;
   static uint64_t find(const Window& w, const uint8_t* p, const uint8_t* end) {
     const uint64_t blank = w.c.white & ~w.c.newline;
-    const uint64_t prefix = (blank | w.free_symbol) << 1;
+    const uint64_t prefix = w.after(blank | w.free_symbol);
     const uint64_t upper = w.c.upper & w.c.letters;
     const uint64_t after_lower = (w.c.letters & ~upper) << 1;
     const uint64_t starts = (w.letter_start & ~prefix) | (upper & after_lower) | digit_starts_by_three(w) |
                             w.free_symbol | white_starts_with_lines(w);
     return with_contractions<true, true>(starts, w.c.apostrophe & (w.c.letters << 1), p, end);
   }
-  // Symbols take line ends and slashes in any order with them; the masks only know line ends.
-  static uint64_t unclear(const Window& w) { return w.c.slash & (w.c.newline << 1); }
+  // Symbols take line ends and slashes in any order with them; the masks only know line ends. And a capital right after
+  // a letter without case goes with it or not as a small letter follows.
+  static uint64_t unclear(const Window& w) {
+    return (w.c.slash & (w.c.newline << 1)) | (w.c.upper & w.c.letters & (w.c.common << 1));
+  }
+  // After a small letter only small ones and those without case belong to a word, so where there is one, a window must
+  // begin with it.
+  static uint64_t within(const Window& w) {
+    const uint64_t small = w.c.letters & ~(w.c.upper | w.c.common);
+    return small ? small : w.c.letters;
+  }
 };
 
 template <class Starts>
@@ -141,17 +164,31 @@ inline uint64_t unclear_at(const Window& w) {
   }
 }
 
+// The letters of a run which a window can begin with and be cut as it would be from the run's begin on.
+template <class Starts>
+inline uint64_t within_letters(const Window& w) {
+  if constexpr (requires { Starts::within(w); }) {
+    return Starts::within(w);
+  } else {
+    return w.c.letters;
+  }
+}
+
 template <class Starts>
 size_t scan(const uint8_t* text, size_t size, size_t pos, uint32_t* ends, size_t capacity) {
   const uint8_t* const end = text + size;
   size_t n = 0;
   while (pos < size && n + kWindow <= capacity) {
     const uint8_t* const p = text + pos;
-    if (*p < 0x80) {
+    if (kWide || *p < 0x80) {
       const size_t bytes = std::min(size - pos, kWindow);
-      const Classes classes = bytes == kWindow ? classify(p) : classify_part(p, bytes);
+      Classes classes = bytes == kWindow ? classify(p) : classify_part(p, bytes);
       uint64_t inside = low_bits(bytes);
-      if (classes.high) inside &= low_bits(static_cast<size_t>(__builtin_ctzll(classes.high)));
+      if (classes.high) {
+        uint64_t unknown = classes.high;
+        if constexpr (kWide) unknown = add_wide<Starts::kCased>(classes, p, end, bytes);
+        if (unknown) inside &= low_bits(static_cast<size_t>(__builtin_ctzll(unknown)));
+      }
       if (const uint64_t unclear = unclear_at<Starts>(Window(classes, inside))) {
         inside &= low_bits(static_cast<size_t>(__builtin_ctzll(unclear)));
       }
@@ -178,6 +215,13 @@ size_t scan(const uint8_t* text, size_t size, size_t pos, uint32_t* ends, size_t
         n += write_places(starts, static_cast<uint32_t>(pos), ends + n);
         pos += static_cast<size_t>(63 - __builtin_clzll(starts));
         continue;
+      }
+      const uint64_t later = inside & ~classes.inner & ~uint64_t{1};  // where a character but the first begins
+      if (inside >> (kWindow - 4) && !(later & ~window.c.letters)) {  // a window of letters, but for part of the last
+        if (const uint64_t within = later & within_letters<Starts>(window)) {
+          pos += static_cast<size_t>(63 - __builtin_clzll(within));
+          continue;
+        }
       }
     }
     pos = static_cast<size_t>(Starts::Token::next(p, end) - text);

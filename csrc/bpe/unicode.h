@@ -31,7 +31,7 @@ inline constexpr uint8_t kUpperOrCommon = kUpper | kLetter | kMark;  // [\p{Lu}\
 inline constexpr uint8_t kLowerOrCommon = kLower | kLetter | kMark;  // [\p{Ll}\p{Lm}\p{Lo}\p{M}]
 inline constexpr uint8_t kCommon = kUpperOrCommon & kLowerOrCommon;  // in both
 
-inline uint8_t class_of(uint32_t code_point) {
+constexpr uint8_t class_of(uint32_t code_point) {
   const uint32_t block = kUnicodeIndex[code_point / kUnicodeBlock];
   return kUnicodeClasses[block * kUnicodeBlock + code_point % kUnicodeBlock];
 }

@@ -40,7 +40,7 @@ class Inputs {
 
   std::string next() {
     std::string text;
-    switch (below(4)) {
+    switch (below(5)) {
       case 0:
         text = turns(1 + below(60));
         break;
@@ -49,6 +49,9 @@ class Inputs {
         break;
       case 2:
         text = std::string(1 + below(300), static_cast<char>(below(256))) + piece();
+        break;
+      case 3:
+        text = scripts();
         break;
       default:
         text = piece();
@@ -67,6 +70,28 @@ class Inputs {
     std::string text;
     while (count--) text += kTurns[below(kTurns.size())];
     return text;
+  }
+
+  // Runs of characters that are near one another, from all of Unicode, with others between.
+  std::string scripts() {
+    std::string text;
+    for (size_t runs = 1 + below(8); runs; --runs) {
+      const size_t first = below(3) ? below(0x3400) : below(0x110000), spread = size_t{1} << below(9);
+      for (size_t left = 1 + below(size_t{2} << below(7)); left; --left) {
+        text += utf8(std::min<size_t>(first + below(spread), 0x10FFFF));
+      }
+      text += kTurns[below(kTurns.size())];
+    }
+    return text;
+  }
+
+  // Surrogates too, which are not well-formed.
+  static std::string utf8(size_t code_point) {
+    if (code_point < 0x80) return std::string(1, static_cast<char>(code_point));
+    std::string bytes;
+    size_t left = code_point, lead = 0x3F;
+    for (; left > lead; left >>= 6, lead >>= 1) bytes.insert(0, 1, static_cast<char>(0x80 | (left & 0x3F)));
+    return bytes.insert(0, 1, static_cast<char>((~lead << 1 & 0xFF) | left));
   }
 
   // Some bytes of a seed file, mostly few.
