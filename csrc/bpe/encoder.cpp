@@ -247,7 +247,8 @@ uint32_t* Encoder::encode_words(Worker& worker, const uint8_t* text, size_t read
   return out;
 }
 
-// Cuts a text into parts that a scanner's offsets reach over and calls part(text, size) for each.
+// Cuts a text into parts that a scanner's offsets reach over and calls part(text, size) for each, until it returns
+// false.
 template <class Part>
 void Encoder::scan_chunks(std::string_view text, const Part& part) const {
   if (!scan_) throw no_pattern();
@@ -259,10 +260,24 @@ void Encoder::scan_chunks(std::string_view text, const Part& part) const {
       size = safe_cut(p, left, kMaxScanBytes);
       if (!size) throw std::length_error("text: 1 GiB without a space between letters or a line to cut it at");
     }
-    part(p, size);
+    if (!part(p, size)) return;
     p += size;
     left -= size;
   }
+}
+
+// Encodes p[0, size), of which `readable` bytes may be read, some pre-tokens at a time: their ids go to room(bytes),
+// and take(the ids' end) says whether to go on. Returns what it said last.
+template <class Room, class Take>
+bool Encoder::encode_scanned(Worker& worker, const uint8_t* p, size_t size, size_t readable, const Room& room,
+                             const Take& take) const {
+  for (size_t pos = 0; pos < size;) {
+    const size_t spans = scan_(p, size, pos, worker.ends, kBatchSpans);
+    const size_t next = worker.ends[spans - 1];
+    if (!take(encode_words(worker, p, readable, pos, spans, room(next - pos)))) return false;
+    pos = next;
+  }
+  return true;
 }
 
 void Encoder::encode(std::string_view text, IdBuffer& out) const {
@@ -271,16 +286,16 @@ void Encoder::encode(std::string_view text, IdBuffer& out) const {
     out.set_size(out.size() + encode_short(text, out.data() + out.size()));
     return;
   }
+  const auto room = [&](size_t bytes) {
+    out.reserve_more(bytes + kSlackIds);
+    return out.data() + out.size();
+  };
+  const auto take = [&](const uint32_t* end) {
+    out.set_size(static_cast<size_t>(end - out.data()));
+    return true;
+  };
   Borrowed worker(*this);
-  scan_chunks(text, [&](const uint8_t* p, size_t size) {
-    for (size_t pos = 0; pos < size;) {
-      const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
-      out.reserve_more(worker->ends[spans - 1] - pos + kSlackIds);
-      uint32_t* const ids = encode_words(*worker, p, size, pos, spans, out.data() + out.size());
-      out.set_size(static_cast<size_t>(ids - out.data()));
-      pos = worker->ends[spans - 1];
-    }
-  });
+  scan_chunks(text, [&](const uint8_t* p, size_t size) { return encode_scanned(*worker, p, size, size, room, take); });
 }
 
 size_t Encoder::encode_short(std::string_view text, uint32_t* out) const {
@@ -291,11 +306,12 @@ size_t Encoder::encode_short(std::string_view text, uint32_t* out) const {
   // Copied to where bytes behind the text may be read.
   std::memcpy(worker->text, text.data(), text.size());
   uint32_t* ids = out;
-  for (size_t pos = 0; pos < text.size();) {
-    const size_t spans = scan_(worker->text, text.size(), pos, worker->ends, kBatchSpans);
-    ids = encode_words(*worker, worker->text, sizeof(worker->text), pos, spans, ids);
-    pos = worker->ends[spans - 1];
-  }
+  const auto room = [&](size_t) { return ids; };
+  const auto take = [&](uint32_t* end) {
+    ids = end;
+    return true;
+  };
+  encode_scanned(*worker, worker->text, text.size(), sizeof(worker->text), room, take);
   return static_cast<size_t>(ids - out);
 }
 
@@ -305,15 +321,13 @@ void Encoder::for_each_batch(std::string_view text, const Take& take) const {
   if (text.empty()) return;
   Borrowed worker(*this);
   IdBuffer ids;
-  bool more = true;
+  const auto room = [&](size_t bytes) {
+    ids.reserve_more(bytes + kSlackIds);
+    return ids.data();
+  };
   scan_chunks(text, [&](const uint8_t* p, size_t size) {
-    for (size_t pos = 0; pos < size && more;) {
-      const size_t spans = scan_(p, size, pos, worker->ends, kBatchSpans);
-      ids.reserve_more(worker->ends[spans - 1] - pos + kSlackIds);
-      const uint32_t* const end = encode_words(*worker, p, size, pos, spans, ids.data());
-      more = take(ids.data(), static_cast<size_t>(end - ids.data()));
-      pos = worker->ends[spans - 1];
-    }
+    return encode_scanned(*worker, p, size, size, room,
+                          [&](const uint32_t* end) { return take(ids.data(), static_cast<size_t>(end - ids.data())); });
   });
 }
 
@@ -365,6 +379,7 @@ void Encoder::pretokens(std::string_view text, std::vector<uint64_t>& out) const
       pos = ends[spans - 1];
     }
     base += size;
+    return true;
   });
 }
 

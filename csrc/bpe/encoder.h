@@ -66,6 +66,9 @@ class Encoder {
 
   template <class Part>
   void scan_chunks(std::string_view text, const Part& part) const;
+  template <class Room, class Take>
+  bool encode_scanned(Worker& worker, const uint8_t* p, size_t size, size_t readable, const Room& room,
+                      const Take& take) const;
   template <class Take>
   void for_each_batch(std::string_view text, const Take& take) const;
   size_t encode_word(Worker& worker, const uint8_t* text, size_t size, size_t begin, size_t end, uint32_t* out) const;
