@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers: paths.
 @pytest.fixture(params=_cpu.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run a test once for each instruction set of this machine."""
-    before = _cpu.isa().removesuffix("bf16")
+    before = _cpu.isa()
     _cpu.select_isa(request.param)
     yield request.param
     _cpu.select_isa(before)

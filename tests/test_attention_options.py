@@ -52,7 +52,7 @@ def inputs(batch, heads, kv_heads, queries, keys, dim, dtype=torch.float32):
 )
 def test_windows_and_softcap(softcap, lengths, is_causal, window):
     options = {"is_causal": is_causal, "window": window, "softcap": softcap}
-    q, k, v = leaves = inputs(2, 4, 2, *lengths, 8)
+    q, k, v = leaves = inputs(16, 4, 2, *lengths, 8)
     exact = spelled_out(*(x.double() for x in leaves), **options)
     torch.testing.assert_close(ops.attention(q, k, v, **options).double(), exact, rtol=1e-5, atol=1e-6)
     check_op(

@@ -96,7 +96,7 @@ def test_dropout(isa, dtype, attention_p, p):
         lambda x, *w: ops.transformer_block(x, w, n_head=4, **options),
         plainly,
         plainly,
-        inputs(2, 21, 32, 4, 4, dtype=dtype),
+        inputs(8, 21, 32, 4, 4, dtype=dtype),
         f"dropout {attention_p} and {p}",
     )
 

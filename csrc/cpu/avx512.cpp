@@ -4,7 +4,7 @@
 #if defined(FASTGPT_X86)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 #define FASTGPT_LANES 16
-#define FASTGPT_ISA "avx512"
+#define FASTGPT_ISA "avx512f"
 
 #include "cpu/engine.inl"
 

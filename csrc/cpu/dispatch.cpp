@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -11,27 +12,31 @@ namespace {
 
 std::atomic<const Kernels*> active{nullptr};
 
+// The tables that this chip has, from the narrowest on.
+const std::vector<const Kernels*>& tables() {
+  static const std::vector<const Kernels*> found = [] {
+    std::vector<const Kernels*> all;
+    for (const Kernels* table :
+         {portable_kernels(), avx2_kernels(), avx512_kernels(), avx512bf16_kernels(), avx512amx_kernels()}) {
+      if (table != nullptr) all.push_back(table);
+    }
+    return all;
+  }();
+  return found;
+}
+
 const Kernels* choose(const std::string& name) {
-  if (name.empty()) {
-    if (const Kernels* table = avx512bf16_kernels()) return table;
-    if (const Kernels* table = avx512_kernels()) return table;
-    if (const Kernels* table = avx2_kernels()) return table;
-    return portable_kernels();
+  if (name.empty()) return tables().back();
+  const Kernels* chosen = nullptr;
+  for (const Kernels* table : tables()) {
+    const std::string isa = table->isa;
+    if (isa == name || (name == "avx512" && isa.starts_with(name))) chosen = table;  // the last one: the widest
   }
-  const Kernels* table = nullptr;
-  if (name == "avx512") {
-    table = avx512bf16_kernels() != nullptr ? avx512bf16_kernels() : avx512_kernels();
-  } else if (name == "avx512f") {  // without bf16 products, so that a chip that has them tests the other table too
-    table = avx512_kernels();
-  } else if (name == "avx2") {
-    table = avx2_kernels();
-  } else if (name == "portable") {
-    table = portable_kernels();
-  } else {
-    throw std::invalid_argument("FASTGPT_CPU_ISA: got '" + name + "', expected portable, avx2 or avx512");
+  if (chosen != nullptr) return chosen;
+  for (const char* known : {"portable", "avx2", "avx512", "avx512f", "avx512bf16", "avx512amx"}) {
+    if (name == known) throw std::invalid_argument("FASTGPT_CPU_ISA: this chip or this build has no " + name);
   }
-  if (table == nullptr) throw std::invalid_argument("FASTGPT_CPU_ISA: this chip or this build has no " + name);
-  return table;
+  throw std::invalid_argument("FASTGPT_CPU_ISA: got '" + name + "', expected portable, avx2 or avx512");
 }
 
 }  // namespace
@@ -46,6 +51,12 @@ const Kernels& kernels() {
   return *table;
 }
 
-void select_isa(const char* name) { active.store(choose(name), std::memory_order_release); }
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* table : tables()) names.emplace_back(table->isa);
+  return names;
+}
+
+void select_isa(const std::string& name) { active.store(choose(name), std::memory_order_release); }
 
 }  // namespace fastgpt::cpu

@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace fastgpt::cpu {
 
@@ -322,13 +324,17 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512bf16_kernels();
+const Kernels* avx512amx_kernels();
 
 // The table in use: the widest the chip has, or what FASTGPT_CPU_ISA names; throws std::invalid_argument for an unknown
 // or unavailable name.
 const Kernels& kernels();
 
-// Chooses another table by name ("portable", "avx2", "avx512f", "avx512", or "" for the default); throws like
-// kernels().
-void select_isa(const char* name);
+// The names of the tables that this chip has, from the narrowest on.
+std::vector<std::string> available_isas();
+
+// Chooses another table by name: one of available_isas(), "avx512" for the widest of these, "" for the widest of all.
+// Throws like kernels().
+void select_isa(const std::string& name);
 
 }  // namespace fastgpt::cpu

@@ -8,7 +8,12 @@
 // `half` allows products of bf16 pairs (where the chip has them), summed in fp32; without it numbers are multiplied in
 // fp32 whatever their storage.
 
-#if defined(FASTGPT_BF16_DOT)
+#if defined(FASTGPT_AMX)
+template <class Body>
+INLINE void with_math(bool, const Body& body) {  // what is not of bf16 is another table's
+  body(BFloat16Math{});
+}
+#elif defined(FASTGPT_BF16_DOT)
 template <class Body>
 INLINE void with_math(bool half, const Body& body) {
   half ? body(BFloat16Math{}) : body(Float32Math{});
@@ -65,6 +70,18 @@ INLINE void finish_tile(int64_t r0, int64_t c0, int height, int width, int64_t s
   }
 }
 
+// The product of few rows with weights as they lie: (out, in), or (in, out) where transposed.
+template <class Finish>
+void few_rows_of(const Matrix& x, const Matrix& w, bool transposed, int64_t rows, int64_t in, int64_t out, int threads,
+                 const Finish& finish) {
+  with_matrix(x, 0, 0, [&](auto* numbers) {
+    with_matrix(w, 0, 0, [&](auto* weight) {
+      transposed ? few_rows_transposed(numbers, weight, rows, in, out, threads, finish)
+                 : few_rows(numbers, weight, rows, in, out, threads, finish);
+    });
+  });
+}
+
 void linear(const LinearArgs& a, int threads) {
   const auto finish = [&](int64_t r0, int64_t c0, int height, int width, const float* tile) {
     with_type(a.y_dtype, [&](auto y_tag) {
@@ -93,19 +110,12 @@ void linear(const LinearArgs& a, int threads) {
       });
     });
   };
+  const Matrix x{a.x_dtype, a.x, a.in}, w{a.w_dtype, a.weight, a.transposed ? a.out : a.in};
   if (a.rows <= kFewRows) {
-    with_type(a.x_dtype, [&](auto x) {
-      with_type(a.w_dtype, [&](auto w) {
-        const auto* rows_of_x = static_cast<const decltype(x)*>(a.x);
-        const auto* weight = static_cast<const decltype(w)*>(a.weight);
-        a.transposed ? few_rows_transposed(rows_of_x, weight, a.rows, a.in, a.out, threads, finish)
-                     : few_rows(rows_of_x, weight, a.rows, a.in, a.out, threads, finish);
-      });
-    });
+    few_rows_of(x, w, a.transposed, a.rows, a.in, a.out, threads, finish);
     return;
   }
   with_math(a.half, [&](auto math) {
-    const Matrix x{a.x_dtype, a.x, a.in}, w{a.w_dtype, a.weight, a.transposed ? a.out : a.in};
     a.transposed ? product<decltype(math), false, false>(x, w, a.rows, a.out, a.in, kAnyDepth, threads, {}, finish)
                  : product<decltype(math), false, true>(x, w, a.rows, a.out, a.in, kAnyDepth, threads, {}, finish);
   });
@@ -121,8 +131,12 @@ void linear_backward_input(const LinearBackwardInputArgs& a, int threads) {
       });
     });
   };
+  const Matrix dy{a.dy_dtype, a.dy, a.out}, w{a.w_dtype, a.weight, a.transposed ? a.out : a.in};
+  if (a.rows <= kFewRows) {
+    few_rows_of(dy, w, !a.transposed, a.rows, a.out, a.in, threads, finish);
+    return;
+  }
   with_math(a.half, [&](auto math) {
-    const Matrix dy{a.dy_dtype, a.dy, a.out}, w{a.w_dtype, a.weight, a.transposed ? a.out : a.in};
     a.transposed ? product<decltype(math), false, true>(dy, w, a.rows, a.in, a.out, kAnyDepth, threads, {}, finish)
                  : product<decltype(math), false, false>(dy, w, a.rows, a.in, a.out, kAnyDepth, threads, {}, finish);
   });

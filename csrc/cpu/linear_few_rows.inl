@@ -1,12 +1,12 @@
-// Linear layers of few rows, such as a step of generation: the weights are read once from memory, as fast as it gives
-// them, and nothing is packed.
+// Products of few rows with weights, such as a linear layer's in a step of generation: the weights are read once from
+// memory, as fast as it gives them, and nothing is packed.
 
 constexpr int64_t kFewRows = 8;
 
 // Four of the weights' rows at a time.
 template <class X, class W, class Finish>
 void few_rows(const X* x, const W* weight, int64_t rows, int64_t in, int64_t out, int threads, const Finish& finish) {
-  constexpr int kTogether = 4;  // at most kLanes
+  constexpr int kTogether = 4;  // at most kPanel
   parallel_for((out + kTogether - 1) / kTogether, std::max<int64_t>(1, kGrain / (kTogether * in + 1)), threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t group = begin; group < end; ++group) {
@@ -23,7 +23,7 @@ void few_rows(const X* x, const W* weight, int64_t rows, int64_t in, int64_t out
                          acc[j] = fma(v, load_part(row, n), acc[j]);
                        }
                      }
-                     float tile[kLanes] = {};
+                     float tile[kPanel] = {};
                      for (int j = 0; j < kTogether; ++j) tile[j] = sum(acc[j]);
                      finish(r, n0, 1, count, tile);
                    }
@@ -31,16 +31,28 @@ void few_rows(const X* x, const W* weight, int64_t rows, int64_t in, int64_t out
                });
 }
 
-// sums[c] (+)= x[0] W(0, c) + ... + x[kRows - 1] W(kRows - 1, c), W's rows `out` numbers apart.
+// sums[c] (+)= x[0] W(0, c) + ... + x[kRows - 1] W(kRows - 1, c), added in pairs, W's rows `out` numbers apart.
 template <int kRows, class X, class W>
 INLINE void add_rows(const X* x, const W* weight, int64_t out, int64_t begin, int64_t end, bool fresh, float* sums) {
   Vec factor[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) factor[i] = splat(to_float(x[i]));
   const auto step = [&](int64_t c, int n) {
+    const auto row = [&](int i) { return load_part(weight + i * out + c, n); };
     Vec sum = fresh ? Vec{} : load(sums + c);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) sum = fma(factor[i], load_part(weight + i * out + c, n), sum);
+    if constexpr (kRows == 1) {
+      sum = fma(factor[0], row(0), sum);
+    } else {
+      Vec pairs[kRows / 2];
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows / 2; ++i) pairs[i] = fma(factor[2 * i + 1], row(2 * i + 1), factor[2 * i] * row(2 * i));
+#pragma GCC unroll 4
+      for (int left = kRows / 4; left > 0; left /= 2) {
+#pragma GCC unroll 4
+        for (int i = 0; i < left; ++i) pairs[i] += pairs[i + left];
+      }
+      sum += pairs[0];
+    }
     store(sums + c, sum);
   };
   int64_t c = begin;

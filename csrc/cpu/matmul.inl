@@ -278,6 +278,30 @@ struct Pack<BFloat16Math> {
     }
   }
 
+  // Rows of A that lie in memory as columns: out(r, k / 2) = (x(k, r), x(k + 1, r)), 0 beyond `depth` up to ld pairs, a
+  // multiple of kLanes.
+  template <class T>
+  static INLINE void rows_of_columns(const T* x, int64_t stride, int64_t rows, int64_t depth, uint32_t* out,
+                                     int64_t ld) {
+    for (int64_t k = 0; k < 2 * ld; k += 2 * kLanes) {
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        Vec square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t even = k + 2 * i;
+          const T* const p = x + even * stride + r;
+          square[i] =
+              even >= depth ? Vec{} : bit_cast<Vec>(two_rows(p, even + 1 < depth ? p + stride : nullptr, rows - r));
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (r + i < rows) std::memcpy(out + (r + i) * ld + k / 2, &square[i], sizeof(Vec));
+        }
+      }
+    }
+  }
+
   // B transposed: out(d / 2, i) = (x(i, d), x(i, d + 1)), 0 for i in [n, ld) and d = dim.
   template <class T>
   static INLINE void columns(const T* x, int64_t stride, int64_t n, int64_t dim, uint32_t* out, int64_t ld) {

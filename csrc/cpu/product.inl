@@ -6,13 +6,24 @@
 // tiles go through `finish` while they are in L1: bias, activation, residual and the conversion of the result cost no
 // pass of their own. What is computed never depends on the number of threads.
 
+#if defined(FASTGPT_AMX)
+constexpr bool kTiled = true;
+constexpr int kProductRows = 2 * kTileSide;  // four tiles of sums, two of A and two of B
+constexpr int kPanelVectors = 2;
+constexpr int64_t kStepsTogether = kTilePairs;
+constexpr int64_t kBlockBytes = 1 << 20;  // of A, packed: half an L2
+constexpr int64_t kMostBlockRows = 512;   // a multiple of kProductRows
+#else
+constexpr bool kTiled = false;
 // 24 sums, 3 vectors of B and 1 number of A: 28 of 32 registers (12, 2 and 1 of 16 for AVX2). Eight rows rather than
 // six with four vectors each: B, which streams from L2, is read a third less often.
 constexpr int kProductRows = FASTGPT_LANES == 16 ? 8 : 6;
 constexpr int kPanelVectors = FASTGPT_LANES == 16 ? 3 : 2;
+constexpr int64_t kStepsTogether = 1;
+constexpr int64_t kBlockBytes = 256 << 10;  // of A, packed: a quarter of an L2
+constexpr int64_t kMostBlockRows = 96;      // a multiple of kProductRows
+#endif
 constexpr int kPanel = kPanelVectors * kLanes;  // columns
-constexpr int64_t kBlockBytes = 256 << 10;      // of A, packed: a quarter of an L2
-constexpr int64_t kMostBlockRows = 96;          // a multiple of kProductRows
 constexpr int64_t kPanelBytes = 400 << 10;      // of a panel of B: longer sums are split; with a block of A it fits L2
 constexpr int64_t kPackedBytes = 4 << 20;       // of B, packed: what fits into L3 beside everything else
 constexpr int64_t kTermsAtOnce = 4 * kChain;    // of a sum, before it is added to the tile in memory
@@ -84,9 +95,19 @@ INLINE const typename Math::Element* rows_in_place(const Matrix& a, int64_t r0, 
   return reinterpret_cast<uintptr_t>(rows) % sizeof(Element) ? nullptr : static_cast<const Element*>(rows);
 }
 
+#if defined(FASTGPT_AMX)
+// Adds `depth` steps of the sums to a tile of `height` rows that count, or more; makes it where `fresh`.
 template <class Math, bool kTransposed, int kColumns>
-void product_tile(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t depth,
+void product_tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t depth, int64_t height, bool fresh,
                   float* tile) {
+  static_assert(!kTransposed);
+  height > kTileSide ? multiply_tiles<2, kColumns>(a, lda, b, depth, fresh, tile, kPanel)
+                     : multiply_tiles<1, kColumns>(a, lda, b, depth, fresh, tile, kPanel);
+}
+#else
+template <class Math, bool kTransposed, int kColumns>
+void product_tile(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t depth, int64_t,
+                  bool, float* tile) {
   constexpr int64_t kSteps = kTermsAtOnce / Math::kTerms;
   for (int64_t k = 0; k == 0 || k < depth; k += kSteps) {  // once for an empty sum, which is 0
     multiply_tile<Math, kTransposed, kColumns, kProductRows>(kTransposed ? a + k * lda : a + k, lda,
@@ -99,6 +120,7 @@ void product_tile(const typename Math::Element* a, int64_t lda, const typename M
                                                              });
   }
 }
+#endif
 
 // A is (rows, depth), or (depth, rows) in memory where kTransposedA; B is (depth, columns), or (columns, depth) in
 // memory where kTransposedB. finish(r, c, height, width, tile) takes rows r.. and columns c.. of the result from
@@ -108,7 +130,9 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
                   const Prefetch& prefetch, const Finish& finish) {
   using Element = typename Math::Element;
   if (rows <= 0 || columns <= 0) return;
-  const int64_t steps = (depth + Math::kTerms - 1) / Math::kTerms;
+  constexpr bool kStrips = kTransposedA && !kTiled;
+  const int64_t steps_of_terms = (depth + Math::kTerms - 1) / Math::kTerms;
+  const int64_t steps = round_up(steps_of_terms, kStepsTogether);  // those beyond the terms are of zeros
   const int64_t panel_size = steps * kPanel;
   const int64_t panels = (columns + kPanel - 1) / kPanel;
   const int64_t panels_at_once = std::clamp<int64_t>(kPackedBytes / (panel_size * sizeof(Element) + 1), 1, panels);
@@ -121,8 +145,8 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
   const int64_t blocks = std::min(strips, rounds * threads);
   const int64_t larger = strips % blocks;
   const auto block_row = [&](int64_t i) { return (strips / blocks * i + std::min(i, larger)) * kProductRows; };
-  const int64_t lda = kTransposedA ? kProductRows : round_up(steps, kLanes);
-  const int64_t strip_size = kTransposedA ? kProductRows * steps : kProductRows * lda;  // of kProductRows rows
+  const int64_t lda = kStrips ? kProductRows : round_up(steps, kLanes);
+  const int64_t strip_size = kStrips ? kProductRows * steps : kProductRows * lda;  // of kProductRows rows
 
   Element* packed = static_cast<Element*>(thread_memory<0>(panels_at_once * panel_size * sizeof(Element)));
   const int64_t work = rows * columns * depth;
@@ -137,9 +161,10 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < count; ++p) {
           const int64_t c = (first + p) * kPanel, width = std::min<int64_t>(kPanel, columns - c);
-          with_matrix(b, c, 0, [&](auto* x) {
-            Pack<Math>::columns(x, b.stride, width, depth, packed + p * panel_size, round_up(width, kLanes));
-          });
+          const int64_t ld = round_up(width, kLanes);
+          Element* const panel = packed + p * panel_size;
+          with_matrix(b, c, 0, [&](auto* x) { Pack<Math>::columns(x, b.stride, width, depth, panel, ld); });
+          std::fill(panel + steps_of_terms * ld, panel + steps * ld, Element{});
         }
       } else {  // along the rows of B in memory, over all panels
 #pragma omp for schedule(static)
@@ -149,19 +174,34 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
             for (int64_t p = 0; p < count; ++p) {
               const int64_t width = std::min<int64_t>(kPanel, columns - (first + p) * kPanel);
               const int64_t ld = round_up(width, kLanes);
-              Pack<Math>::pairs(x + p * kPanel, b.stride, terms, width, packed + p * panel_size + k * ld, ld);
+              Element* const row = packed + p * panel_size + k * ld;
+              terms > 0 ? Pack<Math>::pairs(x + p * kPanel, b.stride, terms, width, row, ld)
+                        : std::fill(row, row + ld, Element{});
             }
           });
         }
       }
       Element* rows_of_a =
           static_cast<Element*>(thread_memory<1>((strips / blocks + 1) * strip_size * sizeof(Element)));
-      float* tile = static_cast<float*>(thread_memory<2>(kProductRows * kPanel * sizeof(float)));
+      // Tiles of the chip's want the part of a panel that they take in L1 (32 KB with A's), so all tiles of the block
+      // take one part before the next.
+      const int64_t steps_at_once = kTiled ? kTermsAtOnce / Math::kTerms : std::max<int64_t>(steps, 1);
+      const int64_t tile_rows = kTiled ? (strips / blocks + 1) * kProductRows : kProductRows;
+      float* const sums = static_cast<float*>(thread_memory<2>(tile_rows * kPanel * int64_t{sizeof(float)}));
+#if defined(FASTGPT_AMX)
+      const Tiles shapes;
+#endif
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
         const int64_t r0 = block_row(i), height = std::min(block_row(i + 1), rows) - r0;
         const Element* block = rows_of_a;
         if constexpr (kTransposedA) {
-          with_matrix(a, 0, r0, [&](auto* x) { pack_strips<Math>(x, a.stride, depth, height, rows_of_a); });
+          with_matrix(a, 0, r0, [&](auto* x) {
+            if constexpr (kStrips) {
+              pack_strips<Math>(x, a.stride, depth, height, rows_of_a);
+            } else {
+              Pack<Math>::rows_of_columns(x, a.stride, height, depth, rows_of_a, lda);
+            }
+          });
         } else if (const Element* in_place = rows_in_place<Math>(a, r0, height, lda)) {
           block = in_place;
         } else {
@@ -170,27 +210,34 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
         for (int64_t p = 0; p < count; ++p) {
           const int64_t c = (first + p) * kPanel;
           const int width = static_cast<int>(std::min<int64_t>(kPanel, columns - c));
-          for (int64_t r = 0; r < height; r += kProductRows) {
-            // Rows beyond the height hold an earlier block's numbers: computed, never stored.
-            prefetch(r0 + r, c, static_cast<int>(std::min<int64_t>(kProductRows, height - r)), width);
-            const Element* from = block + r / kProductRows * strip_size;
-            const auto tiles = [&](auto wide) {
-              product_tile<Math, kTransposedA, decltype(wide)::value>(from, lda, packed + p * panel_size, steps, tile);
-            };
-            switch ((width + kLanes - 1) / kLanes) {
-              case 1:
-                tiles(std::integral_constant<int, 1>{});
-                break;
-#if FASTGPT_LANES == 16
-              case 3:
-                tiles(std::integral_constant<int, 3>{});
-                break;
+          const int64_t ld = round_up(width, kLanes);
+          for (int64_t k = 0; k == 0 || k < steps; k += steps_at_once) {
+            for (int64_t r = 0; r < height; r += kProductRows) {
+              // Rows beyond the height hold an earlier block's numbers: computed, never stored.
+              const int here = static_cast<int>(std::min<int64_t>(kProductRows, height - r));
+              if (k == 0) prefetch(r0 + r, c, here, width);
+              const Element* from = block + r / kProductRows * strip_size + k;
+              float* const tile = kTiled ? sums + r * kPanel : sums;
+              const auto tiles = [&](auto wide) {
+                product_tile<Math, kStrips, decltype(wide)::value>(from, lda, packed + p * panel_size + k * ld,
+                                                                   std::min(steps_at_once, steps - k), here, k == 0,
+                                                                   tile);
+              };
+              switch (ld / kLanes) {
+                case 1:
+                  tiles(std::integral_constant<int, 1>{});
+                  break;
+#if FASTGPT_LANES == 16 && !defined(FASTGPT_AMX)
+                case 3:
+                  tiles(std::integral_constant<int, 3>{});
+                  break;
 #endif
-              default:
-                tiles(std::integral_constant<int, 2>{});
-                break;
+                default:
+                  tiles(std::integral_constant<int, 2>{});
+                  break;
+              }
+              if (k + steps_at_once >= steps) finish(r0 + r, c, here, width, tile);
             }
-            finish(r0 + r, c, static_cast<int>(std::min<int64_t>(kProductRows, height - r)), width, tile);
           }
         }
       }

@@ -17,18 +17,11 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
 
-  m.def(
-      "select_isa", [](const std::string& name) { select_isa(name.c_str()); }, py::arg("name"),
-      "Chooses portable, avx2, avx512, or the widest there is for an empty name.");
+  m.def("select_isa", select_isa, py::arg("name"),
+        "Chooses one of available_isas(), the widest that begins with avx512 for avx512, the widest of all for an "
+        "empty name.");
 
-  m.def("available_isas", [] {
-    std::vector<std::string> names;
-    if (portable_kernels() != nullptr) names.emplace_back("portable");
-    if (avx2_kernels() != nullptr) names.emplace_back("avx2");
-    if (avx512bf16_kernels() != nullptr) names.emplace_back("avx512f");
-    if (avx512_kernels() != nullptr) names.emplace_back("avx512");
-    return names;
-  });
+  m.def("available_isas", available_isas, "The instruction sets that this chip has, from the narrowest on.");
 
   m.def(
       "advise_huge_pages",
