@@ -5,6 +5,10 @@
 constexpr int kTileSide = 16;   // rows of a tile, and its sums a row
 constexpr int kTilePairs = 16;  // of terms, that one product takes
 
+// What has been written, at `written` too, is in memory: the compiler does not know that loading a tile, or the tiles'
+// shapes, reads it.
+INLINE void settle(const void* written = nullptr) { __asm__ volatile("" ::"r"(written) : "memory"); }
+
 // The shapes of the tiles of a thread, all eight the same, until it ends.
 class Tiles {
  public:
@@ -18,6 +22,7 @@ class Tiles {
       shapes.row_bytes[i] = 64;
       shapes.rows[i] = kTileSide;
     }
+    settle(&shapes);
     _tile_loadconfig(&shapes);
   }
   ~Tiles() { _tile_release(); }
@@ -33,6 +38,7 @@ INLINE void multiply_tiles(const uint32_t* a, int64_t lda, const uint32_t* b, in
                            int64_t ld) {
   const int64_t a_bytes = lda * int64_t{sizeof(uint32_t)}, b_bytes = kColumns * kLanes * int64_t{sizeof(uint32_t)};
   const int64_t ld_bytes = ld * int64_t{sizeof(float)};
+  settle();
   if (fresh) {
     _tile_zero(0);
     if (kColumns > 1) _tile_zero(1);

@@ -299,6 +299,7 @@ void attention_backward_typed(const AttentionBackwardArgs& a, int threads) {
   }
   std::atomic<int64_t> next_head{0}, begun{0};
   on_team(team, [&] {
+    [[maybe_unused]] const Tiles shapes;
     BackwardTask<T> task(a);
     const auto join = [&](HeadInWork& work) {
       for (int64_t item = work.next++; item < items; item = work.next++) {

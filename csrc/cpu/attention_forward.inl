@@ -210,6 +210,7 @@ void attention_forward(const AttentionArgs& a, int threads) {
   const int team = std::min<int64_t>(tasks, wanted);
   std::atomic<int64_t> next{0};
   on_team(team, [&] {
+    [[maybe_unused]] const Tiles shapes;
     ForwardTask<T> task(a);
     for (int64_t t = next++; t < tasks; t = next++) {
       const int64_t head = t / groups, group = groups - 1 - t % groups;  // causal: the longest first

@@ -1,5 +1,5 @@
-// The AVX-512 table with products of bf16 tiles (AMX_BF16: Sapphire Rapids and later): linear layers whose products may
-// be of bf16 are its own, everything else is the table's with bf16 pairs.
+// The AVX-512 table with products of bf16 tiles (AMX_BF16: Sapphire Rapids and later): attention in bf16 and linear
+// layers whose products may be of bf16 are its own, everything else is the table's with bf16 pairs.
 #include "cpu/includes.h"
 
 #if defined(FASTGPT_X86) && defined(__x86_64__) && defined(__linux__)
@@ -22,9 +22,10 @@ namespace {
 #include "cpu/memory.inl"
 #include "cpu/parallel.inl"
 
+#include "cpu/philox.inl"
+
+#include "cpu/attention.inl"
 #include "cpu/activation.inl"
-#include "cpu/matmul.inl"
-#include "cpu/amx_tile.inl"
 #include "cpu/product.inl"
 #include "cpu/linear_few_rows.inl"
 #include "cpu/linear.inl"
@@ -48,6 +49,12 @@ const Kernels* avx512amx_kernels() {
     Kernels made = {};
     if (available) made = *avx512bf16_kernels();
     made.isa = "avx512amx";
+    made.attention = [](const AttentionArgs& a, int threads) {
+      (a.dtype == DType::kBFloat16 ? attention : avx512bf16_kernels()->attention)(a, threads);
+    };
+    made.attention_backward = [](const AttentionBackwardArgs& a, int threads) {
+      (a.dtype == DType::kBFloat16 ? attention_backward : avx512bf16_kernels()->attention_backward)(a, threads);
+    };
     made.activation = activation;
     made.activation_backward = activation_backward;
     made.linear = [](const LinearArgs& a, int threads) {

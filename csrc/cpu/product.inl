@@ -188,9 +188,7 @@ void product_part(const Matrix& a, const Matrix& b, int64_t rows, int64_t column
       const int64_t steps_at_once = kTiled ? kTermsAtOnce / Math::kTerms : std::max<int64_t>(steps, 1);
       const int64_t tile_rows = kTiled ? (strips / blocks + 1) * kProductRows : kProductRows;
       float* const sums = static_cast<float*>(thread_memory<2>(tile_rows * kPanel * int64_t{sizeof(float)}));
-#if defined(FASTGPT_AMX)
-      const Tiles shapes;
-#endif
+      [[maybe_unused]] const Tiles shapes;
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
         const int64_t r0 = block_row(i), height = std::min(block_row(i + 1), rows) - r0;
         const Element* block = rows_of_a;
