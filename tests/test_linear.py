@@ -230,6 +230,21 @@ def test_logits_are_never_whole_in_memory():
 # ---- both
 
 
+def test_takes_turns_with_torchs_own_products_in_bf16(isa):
+    """Where the chip multiplies tiles, both sides set their shapes up on the same threads."""
+    x, weight, _ = inputs(96, 256, 128, dtype=torch.bfloat16)
+    q = random(2, 4, 80, 32, dtype=torch.bfloat16)
+    sides = {
+        "ours": lambda: (ops.linear(x, weight), ops.attention(q, q, q, is_causal=True)),
+        "torch": lambda: (F.linear(x, weight), F.scaled_dot_product_attention(q, q, q, is_causal=True)),
+    }
+    first = {name: side() for name, side in sides.items()}
+    for _ in range(3):
+        for name, side in sides.items():
+            for again, expected in zip(side(), first[name], strict=True):
+                assert torch.equal(again, expected), name
+
+
 def test_opcheck():
     x, w, b = inputs(20, 8, 12)
     linear, loss = torch.ops.fastgpt.linear.default, torch.ops.fastgpt.linear_cross_entropy.default

@@ -85,12 +85,6 @@ INLINE void multiply_tile(const typename Math::Element* a, int64_t lda, const ty
   for (int c = 0; c < kColumns; ++c) last(c, acc[c]);
 }
 
-#if defined(FASTGPT_AMX)
-template <bool kTransposed, class Last>
-void multiply_rows_in_tiles(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t depth, int c0,
-                            int c1, const Last& last);
-#endif
-
 // kTileRows rows of C, its vectors c0 <= c < c1: tiles as even as they can be. last sees the vector's own number.
 template <class Math, bool kTransposed, class Last>
 INLINE void multiply_rows(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t ldb,
@@ -340,82 +334,6 @@ struct Pack<BFloat16Math> {
     }
   }
 };
-#endif
-
-#if defined(FASTGPT_AMX)
-// multiply_rows by the chip's tiles: four of C beside one of A. Terms that do not fill a tile are copied, with zeros
-// behind them, as is A where it lies transposed.
-template <bool kTransposed, class Last>
-void multiply_rows_in_tiles(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t depth, int c0,
-                            int c1, const Last& last) {
-  constexpr int kTogether = 4;
-  alignas(64) uint32_t a_room[kTileSide * kTilePairs], b_room[kTilePairs * kTogether * kLanes];
-  alignas(64) float sums[kTogether][kTileSide * kLanes];
-  for (; c0 < c1; c0 += kTogether) {
-    const int columns = std::min(kTogether, c1 - c0);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += kTilePairs) {
-      const int64_t pairs = std::min<int64_t>(kTilePairs, depth - k);
-      const uint32_t* from = a + k;
-      int64_t a_bytes = lda * int64_t{sizeof(uint32_t)};
-      if (kTransposed || pairs < kTilePairs) {
-        Vec square[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const float* const row = reinterpret_cast<const float*>(kTransposed ? a + (k + i) * lda : from + i * lda);
-          if (kTransposed) {
-            square[i] = i < pairs ? load(row) : Vec{};
-          } else {
-            square[i] = load_n(row, static_cast<int>(pairs));
-          }
-        }
-        if (kTransposed) transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(a_room) + i * kTilePairs, square[i]);
-        from = a_room;
-        a_bytes = kTilePairs * int64_t{sizeof(uint32_t)};
-      }
-      const uint32_t* of_b = b + k * ldb + c0 * kLanes;
-      int64_t b_bytes = ldb * int64_t{sizeof(uint32_t)};
-      if (pairs < kTilePairs) {
-        const int64_t row = columns * kLanes;
-        for (int64_t i = 0; i < pairs; ++i) std::memcpy(b_room + i * row, of_b + i * ldb, row * sizeof(uint32_t));
-        std::fill(b_room + pairs * row, b_room + kTilePairs * row, 0);
-        of_b = b_room;
-        b_bytes = row * int64_t{sizeof(uint32_t)};
-      }
-      settle();
-      _tile_loadd(4, from, a_bytes);
-      _tile_loadd(5, of_b, b_bytes);
-      _tile_dpbf16ps(0, 4, 5);
-      if (columns > 1) {
-        _tile_loadd(6, of_b + kLanes, b_bytes);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      if (columns > 2) {
-        _tile_loadd(7, of_b + 2 * kLanes, b_bytes);
-        _tile_dpbf16ps(2, 4, 7);
-      }
-      if (columns > 3) {
-        _tile_loadd(5, of_b + 3 * kLanes, b_bytes);
-        _tile_dpbf16ps(3, 4, 5);
-      }
-    }
-    _tile_stored(0, sums[0], kLanes * int64_t{sizeof(float)});
-    _tile_stored(1, sums[1], kLanes * int64_t{sizeof(float)});
-    _tile_stored(2, sums[2], kLanes * int64_t{sizeof(float)});
-    _tile_stored(3, sums[3], kLanes * int64_t{sizeof(float)});
-    for (int c = 0; c < columns; ++c) {
-      Vec rows[kTileRows];
-#pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) rows[r] = load(sums[c] + r * kLanes);
-      last(c0 + c, rows);
-    }
-  }
-}
 #endif
 
 // Rows of A, a row every ld.
