@@ -45,7 +45,11 @@ const ScannerTable& table_for(const std::string& isa) {
 const ScannerTable& table() {
   static const ScannerTable& chosen = [&]() -> const ScannerTable& {
     const char* const wanted = std::getenv("FASTGPT_CPU_ISA");
-    return table_for(wanted ? wanted : "");
+    const std::string isa = wanted ? wanted : "";
+    for (const char* narrower : {"avx512f", "avx512bf16", "avx512amx"}) {  // of the CPU engine, which names them apart
+      if (isa == narrower) return table_for("avx512");
+    }
+    return table_for(isa);
   }();
   return chosen;
 }
