@@ -147,11 +147,12 @@ struct Ahead {
   const T* rows = nullptr;
   int64_t stride = 0, count = 0, dim = 0;
 
-  template <bool kToWrite = false>
+  // Into the caches from the second on, or with kNear = 3 also into the first, as it is what is to be written.
+  template <int kNear = 2, bool kToWrite = false>
   INLINE void fetch(int64_t from, int64_t n) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t r = from; r < std::min(count, from + n); ++r) {
-      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(rows + r * stride + d, kToWrite, kToWrite ? 3 : 2);
+      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(rows + r * stride + d, kToWrite, kNear);
     }
   }
 };

@@ -178,7 +178,7 @@ struct BackwardTask {
   void add_to_keys(const Window& w, const Element* rows, const Rows<Math>& pairs, int64_t nq, bool fresh, float* out,
                    const Ahead<T>& result) {
     for (int j = 0; j < w.keys; j += kTileRows) {
-      result.template fetch<true>(j, kTileRows);
+      result.template fetch<3, true>(j, kTileRows);
       const int64_t skip = w.first_vector(j) * kLanes / kTerms;
       const int64_t terms = std::max<int64_t>(0, (nq + kTerms - 1) / kTerms - skip);
       if (terms == 0 && !fresh) continue;
@@ -191,7 +191,7 @@ struct BackwardTask {
   void add_to_queries(const Window& w, int64_t nq, bool fresh, const Ahead<T>& next, const Ahead<T>& result) {
     for (int i = 0; i < nq; i += kTileRows) {
       next.fetch(i, kTileRows);
-      result.template fetch<true>(i, kTileRows);
+      result.template fetch<3, true>(i, kTileRows);
       const int seen = w.keys_until(i + kTileRows - 1);
       if (seen == 0 && !fresh) continue;
       add_tile<true>(ds_pairs + i, kBlock, k_pairs, (seen + kTerms - 1) / kTerms, fresh, dq + i * wide);

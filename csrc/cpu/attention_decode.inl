@@ -34,11 +34,13 @@ INLINE Vec dot_products(const float* q, const T* k, int64_t stride, int n, int64
 
 // o = o * factor + sum_j weights_j v_j over `keys` rows, for kColumns vectors of the head's width from d on.
 template <int kColumns, class T>
-INLINE void weighted_sum(float* o, float factor, const float* weights, const T* v, int64_t stride, int keys) {
+INLINE void weighted_sum(float* o, float factor, const float* weights, const T* v, int64_t stride, int keys,
+                         const Ahead<T>& next) {
   Vec acc[kColumns];
 #pragma GCC unroll 8
   for (int c = 0; c < kColumns; ++c) acc[c] = Vec{};
   for (int j = 0; j < keys; ++j, v += stride) {
+    next.template fetch<3>(j, 1);
     const Vec weight = splat(weights[j]);
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) acc[c] = fma(weight, load(v + c * kLanes), acc[c]);
@@ -71,12 +73,19 @@ INLINE void decode_span(const AttentionArgs& a, int64_t b, int64_t kv_head, int6
     const int keys = static_cast<int>(std::min<int64_t>(kBlock, end - j0));
     const T* k = at<const T>(a.k, b, kv_head, j0);
     const T* v = at<const T>(a.v, b, kv_head, j0);
+    // Reading keys and values in turns, the chip's own prefetcher begins anew each time. In fp32 memory is what limits.
+    Ahead<T> values, next;
+    if constexpr (sizeof(T) == 2) {
+      values = ahead<T>(a.v, b, kv_head, j0, end, a.dim);
+      next = ahead<T>(a.k, b, kv_head, j0 + keys, end, a.dim);
+    }
     for (int64_t g = 0; g < group; ++g) {
       const Partial state{partials + g * Partial::room(wide)};
       alignas(64) float weights[kBlock];
       Vec most = splat(kMinusInfinity);
       for (int j = 0; j < keys; j += kLanes) {
         const int n = std::min(kLanes, keys - j);
+        values.template fetch<3>(j, n);
         Vec score = dot_products(q + g * wide, k + j * a.k.stride_t, a.k.stride_t, n, a.dim);
         if (n < kLanes) score = lane_numbers() < static_cast<float>(n) ? score : splat(kMinusInfinity);
         store(weights + j, score);
@@ -96,10 +105,14 @@ INLINE void decode_span(const AttentionArgs& a, int64_t b, int64_t kv_head, int6
       state.sum() = state.sum() * factor + sum(sums);
       int64_t d = 0;
       for (; d + 4 * kLanes <= a.dim; d += 4 * kLanes) {
-        weighted_sum<4>(state.o() + d, factor, weights, v + d, a.v.stride_t, keys);
+        weighted_sum<4>(state.o() + d, factor, weights, v + d, a.v.stride_t, keys, next);
+        next.count = 0;
       }
-      for (; d + kLanes <= a.dim; d += kLanes)
-        weighted_sum<1>(state.o() + d, factor, weights, v + d, a.v.stride_t, keys);
+      for (; d + kLanes <= a.dim; d += kLanes) {
+        weighted_sum<1>(state.o() + d, factor, weights, v + d, a.v.stride_t, keys, next);
+        next.count = 0;
+      }
+      values.count = 0;  // the other heads of the group find them
       if (d < a.dim) {
         const int rest = static_cast<int>(a.dim - d);
         Vec acc = {};

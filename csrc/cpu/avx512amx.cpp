@@ -2,7 +2,7 @@
 // layers whose products may be of bf16 are its own, everything else is the table's with bf16 pairs.
 #include "cpu/includes.h"
 
-#if defined(FASTGPT_X86) && defined(__x86_64__) && defined(__linux__)
+#if defined(FASTGPT_X86) && defined(__x86_64__) && defined(__linux__) && __GNUC__ >= 11
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
